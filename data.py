@@ -1,0 +1,295 @@
+"""Preference pairs: read, check, preprocess, shard, collate. Imports nothing of ours.
+
+    pairs = Pairs(read_pairs("out/toy/pairs"), resolution=64, seed=0)
+    for batch in loader(pairs, 0, steps=40, rank=0, world=1, micro_batch=8, accumulation=2):
+        batch["pixels"], batch["captions"]  # (2P, 3, R, R) winners first, then losers; P captions
+
+A pair has one number for the whole run: n = step * G + place, G the global batch. Row, crop, flip
+and caption dropout follow from (seed, n) alone, so the data depend on neither ranks, workers,
+accumulation nor history, and a run resumes by counting from elsewhere.
+
+Where this departs from the released script, and why:
+ 1. A broken image drops its pair, and is counted; there it leaves one column only, and every later
+    image of the batch is paired with a stranger, under a stranger's label.
+ 2. The pair shares its flip and random crop; there each image draws its own, so that winner and
+    loser also differ by what nobody judged.
+ 3. Batches run on across the end of an epoch; there the last incomplete one is lost.
+ 4. Transparency is white, EXIF orientation applied; there alpha is cut off, orientation ignored.
+ 5. A label other than 0, 0.5, 1 is an error; there such rows vanish like ties.
+"""
+
+import hashlib
+import io
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+if TYPE_CHECKING:  # imported where they are used: they take a second
+    import datasets
+    import pyarrow
+
+COLUMNS = {"jpg_0": "binary", "jpg_1": "binary", "label_0": "", "caption": "string"}  # Arrow types
+ORDER, AUGMENT = 0, 1  # keep the random streams of one seed apart
+BROKEN_LIMIT = 100  # broken pairs in a row after which the data are at fault, not a picture
+
+
+class DataError(ValueError):
+    """Data that cannot be used: one sentence that names the file, row or column, and the fix."""
+
+    def __init__(self, message: str):
+        # The DataLoader rebuilds a worker's exception from its traceback's text; keep the sentence.
+        super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading: columns and labels are checked before a cache (335 GB for Pick-a-Pic) is built.
+
+
+def read_pairs(source: str, split: str = "train") -> "datasets.Dataset":
+    """The rows of a source that are no ties, memory mapped, their images still encoded.
+
+    source: a .parquet file; a folder of them, searched recursively and sorted (where they have hub
+    names, train-00000-of-00645.parquet, those of `split`); a folder by datasets' save_to_disk; or a
+    hub id. Columns: jpg_0, jpg_1 encoded bytes, label_0 1.0 (image 0 won), 0.0 (image 1 won) or 0.5
+    (tie), caption. The result's `.info.description` counts pairs and ties. Raises DataError."""
+    import datasets
+
+    path = Path(source).expanduser()
+    try:
+        dataset = _open(path, str(source), split)
+    except DataError:
+        raise
+    except Exception as error:  # of datasets and the hub, which have no common class
+        generic = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        reason = str((generic and error.__cause__) or error).strip().splitlines() or [repr(error)]
+        absent = "" if path.exists() else "is no file or folder here and "
+        raise DataError(f"{source} {absent}cannot be read: {reason[0].rstrip('.')}.") from error
+    _check_columns(dataset.features.arrow_schema, source)
+    labels = _check_labels(dataset.with_format("arrow")["label_0"], source)
+    decided = np.flatnonzero(labels != 0.5)
+    ties = f"{len(labels) - len(decided)} of {len(labels)} rows are ties (label_0 0.5)"
+    if not len(decided):
+        raise DataError(f"{source} has no pair left: {ties}; give data with winners.")
+    dataset = dataset.select_columns(list(COLUMNS)).select(decided)
+    for name in ("jpg_0", "jpg_1"):
+        if isinstance(dataset.features[name], datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    dataset.info.description = f"{len(decided)} pairs; {ties}"
+    return dataset
+
+
+def _open(path: Path, source: str, split: str) -> "datasets.Dataset":
+    import datasets
+    import pyarrow.parquet
+
+    if not path.exists():
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) or path.suffix == ".parquet":
+            raise DataError(f"{source} does not exist; give a file, a folder or a hub id.")
+        if features := datasets.load_dataset_builder(source).info.features:  # before the download
+            _check_columns(features.arrow_schema, source)
+        return datasets.load_dataset(source, split=split)
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        dataset = datasets.load_from_disk(str(path))
+        if not isinstance(dataset, datasets.DatasetDict):
+            return dataset
+        if split not in dataset:
+            raise DataError(f"{path} has no split '{split}', it has {', '.join(dataset)}.")
+        return dataset[split]
+
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    splits = {f: m[1] for f in files if (m := re.match(r"(.+)-\d{5}-of-\d{5}", f.name))}
+    if splits and path.is_dir():  # a copy of the hub's folder: do not train on its test split
+        files = [file for file in files if splits.get(file) == split]
+    if not files:
+        found = ", ".join(sorted(set(splits.values()))) or "no .parquet file and no saved dataset"
+        raise DataError(f"{path} has no pairs of split '{split}', it holds {found}.")
+    rows = {}
+    for file in files:
+        try:
+            with pyarrow.parquet.ParquetFile(file) as parquet:
+                _check_columns(parquet.schema_arrow, file)
+                rows[str(file)] = len(_check_labels(parquet.read(["label_0"])["label_0"], file))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{file} is no readable parquet file; copy it again.") from error
+    files = [file for file in rows if rows[file]]  # datasets cannot read a file without rows
+    if not files:
+        raise DataError(f"{path} has no pair left: it has no rows.")
+    return datasets.load_dataset("parquet", data_files=files, split="train", columns=list(COLUMNS))
+
+
+def _check_columns(schema: "pyarrow.Schema", where: str | Path):
+    for name, wanted in COLUMNS.items():
+        if name not in schema.names:
+            raise DataError(f"{where} has no column '{name}', it has {', '.join(schema.names)}.")
+        if wanted not in (kind := str(schema.field(name).type)):
+            raise DataError(f"Column '{name}' of {where} holds {kind}, it must hold {wanted}.")
+
+
+def _check_labels(column: "pyarrow.ChunkedArray", where: str | Path) -> np.ndarray:
+    labels = column.to_numpy()
+    for row in np.flatnonzero(~np.isin(labels, (0.0, 0.5, 1.0)))[:1]:
+        raise DataError(
+            f"Row {row} (from 0) of {where} has label_0 {labels[row]}: it must be 1 where image 0 "
+            "won, 0 where image 1 won, 0.5 for a tie."
+        )
+    return labels
+
+
+def fingerprint(dataset: "datasets.Dataset") -> str:
+    """16 hex digits that name the rows: all labels, captions and images of 16 rows spread evenly.
+
+    The same on every machine and for every kind of source: a resumed run can refuse other data."""
+    labels = dataset.with_format("arrow")["label_0"].to_numpy()
+    digest = hashlib.sha256(labels.astype("<f4").tobytes())
+    for row in sorted({len(dataset) * i // 16 for i in range(16)}):
+        pair = dataset[row]
+        images = [_encoded(pair[name]) or b"" for name in ("jpg_0", "jpg_1")]
+        for part in (*images, (pair["caption"] or "").encode()):
+            digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------
+# One pair: all of it follows from (seed, n).
+
+
+def _encoded(value: bytes | dict | None) -> bytes | None:
+    return value["bytes"] if isinstance(value, dict) else value  # a dict: datasets' Image feature
+
+
+def decode(data: bytes) -> Image.Image:
+    """An upright RGB image, transparency over white. Raises whatever PIL does for broken bytes."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
+    return image.convert("RGB")
+
+
+def preprocess(
+    image: Image.Image, resolution: int, crop_at: tuple[float, float] | None, flip: bool
+) -> Tensor:
+    """Resize the shorter side to `resolution` pixels, crop a square, mirror, scale 0..255 to -1..1.
+
+    image: RGB. crop_at: (across, down) in [0, 1), the place in the room left; None is the centre.
+    Bilinear with antialiasing, as released. Returns (3, resolution, resolution) fp32.
+    Limit: an image that has this size already keeps its pixels."""
+    size = tuple(resolution * side // min(image.size) for side in image.size)
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    room = [side - resolution for side in size]
+    if crop_at is None:
+        left, top = room[0] // 2, room[1] // 2
+    else:
+        left, top = (int(at * (free + 1)) for at, free in zip(crop_at, room, strict=True))
+    pixels = np.asarray(image)[top : top + resolution, left : left + resolution]
+    pixels = pixels[:, ::-1] if flip else pixels
+    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32, order="C")) / 127.5 - 1
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Pair n of a run, n = 0, 1, ... without end; len(self) of them are an epoch, newly ordered.
+
+    dataset: from `read_pairs`. resolution: pixels. crop: "center" or "random". flip: mirror half of
+    the pairs. caption_dropout: share of pairs whose caption becomes "". Raises ValueError."""
+
+    def __init__(
+        self, dataset, resolution: int, seed: int, crop="center", flip=True, caption_dropout=0.2
+    ):
+        if crop not in ("center", "random"):
+            raise ValueError(f"crop is '{crop}', it must be 'center' or 'random'.")
+        self.dataset, self.resolution, self.seed = dataset, resolution, seed
+        self.crop, self.flip, self.caption_dropout = crop, flip, caption_dropout
+        self._epoch = self._order = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def row(self, n: int) -> int:
+        """The row of pair n: entry n mod N of the permutation that (seed, n div N) gives."""
+        epoch, place = divmod(n, len(self))
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, ORDER, epoch])
+            self._epoch, self._order = epoch, rng.permutation(len(self))
+        return int(self._order[place])
+
+    def augmentation(self, n: int) -> tuple[tuple[float, float] | None, bool, bool]:
+        """(crop_at, flip, drop the caption) of pair n, the same for its winner and its loser."""
+        across, down, flip, drop = np.random.default_rng([self.seed, AUGMENT, n]).random(4)
+        crop_at = (across, down) if self.crop == "random" else None
+        return crop_at, bool(self.flip and flip < 0.5), bool(drop < self.caption_dropout)
+
+    def __getitem__(self, n: int) -> dict:
+        """winner, loser: (3, R, R) fp32 in -1..1. caption, row, n. skipped: broken pairs passed by.
+
+        A pair with a broken image gives way to the next in order; DataError for 100 in a row."""
+        crop_at, flip, drop = self.augmentation(n)
+        for skipped in range(BROKEN_LIMIT):
+            row = self.row(n + skipped)
+            pair = self.dataset[row]
+            try:
+                images = [decode(_encoded(pair[name])) for name in ("jpg_0", "jpg_1")]
+            except Exception:  # PIL: OSError, SyntaxError, ValueError, struct.error, ...
+                continue
+            images = [preprocess(image, self.resolution, crop_at, flip) for image in images]
+            winner, loser = images if pair["label_0"] == 1 else reversed(images)
+            item = {"winner": winner, "loser": loser, "row": row, "n": n, "skipped": skipped}
+            return {**item, "caption": "" if drop else pair["caption"] or ""}
+        raise DataError(
+            f"{BROKEN_LIMIT} pairs in a row hold an image that cannot be decoded, the last in row "
+            f"{row} (from 0, ties not counted): check jpg_0 and jpg_1 of the data."
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches: n = step * G + (micro * world + rank) * micro_batch + j for place j of a micro-batch,
+# G = micro_batch * world * accumulation.
+
+
+def pair_numbers(
+    step: int, micro: int, rank: int, world: int, micro_batch: int, accumulation: int
+) -> range:
+    """The n of a micro-step of a rank; together those of a step are s * G ... (s + 1) * G - 1."""
+    if not (0 <= rank < world and 0 <= micro < accumulation):
+        raise ValueError(f"No rank {rank} of {world} or micro-step {micro} of {accumulation}.")
+    start = ((step * accumulation + micro) * world + rank) * micro_batch
+    return range(start, start + micro_batch)
+
+
+def collate(items: list[dict]) -> dict:
+    """pixels (2P, 3, R, R), winners first, then losers; captions; n (P,) int64; skipped, summed."""
+    images = [item["winner"] for item in items] + [item["loser"] for item in items]
+    return {
+        "pixels": torch.stack(images),
+        "captions": [item["caption"] for item in items],
+        "n": torch.tensor([item["n"] for item in items]),
+        "skipped": sum(item["skipped"] for item in items),
+    }
+
+
+def loader(
+    pairs: Pairs, start_step: int, steps: int, rank: int, world: int,
+    micro_batch: int, accumulation: int, workers: int = 0,
+) -> torch.utils.data.DataLoader:  # fmt: skip
+    """The batches of one rank from `start_step` to `steps`, the end of the run, without any state.
+
+    Batch i is micro-step i mod accumulation of step start_step + i div accumulation."""
+    shard = (rank, world, micro_batch, accumulation)
+    places = [(step, micro) for step in range(start_step, steps) for micro in range(accumulation)]
+    # Workers are spawned. Forked ones copy locks that threads of gloo or NCCL hold (torch calls both
+    # not fork safe); those of a forkserver do not notice when their trainer is killed, and stay.
+    return torch.utils.data.DataLoader(
+        pairs,
+        batch_sampler=[pair_numbers(*place, *shard) for place in places],
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        multiprocessing_context="spawn" if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # iterating draws a seed, which must not move the training's
+    )

@@ -1,0 +1,145 @@
+"""Pictures for people: image grids and training curves.
+
+A grid shows prompts as rows and models, or training steps, as columns; curves shows what
+metrics.jsonl recorded. Needs Pillow and NumPy, and matplotlib for the curves alone.
+"""
+
+import math
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+# --------------------------------------------------------------------------------------------------
+# Image grids.
+
+MARGIN, GAP = 16, 8  # pixels around the grid, and between its parts
+SMALLEST, LARGEST = 128, 512  # pixels: pictures are enlarged to at least, reduced to at most this
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
+    """Break text into at most `lines` lines of at most `width` pixels; a cut is marked "..."."""
+    for characters in range(int(width), 3, -1):
+        broken = textwrap.wrap(text, characters, max_lines=lines, placeholder="...")
+        if all(font.getlength(line) <= width for line in broken):
+            return broken
+    return []
+
+
+def grid(
+    images: list[list[Image.Image]],
+    rows: list[str] = (),
+    columns: list[str] = (),
+    scale: int | None = None,
+) -> Image.Image:
+    """A labelled picture of images[row][column] on white, RGB.
+
+    rows, columns: labels, usually prompts and models; () leaves no room for them. scale: how many
+    times pictures are enlarged; None enlarges small ones (64 px to 128 px) and reduces large ones
+    to 512 px. All cells are as large as the largest picture, which smaller ones are fitted to.
+    Rows may differ in length. Raises ValueError without a picture, or where labels do not fit."""
+    pictures = [image for row in images for image in row]
+    across = max((len(row) for row in images), default=0)
+    if not pictures:
+        raise ValueError("a grid needs at least one picture.")
+    if (rows and len(rows) != len(images)) or (columns and len(columns) != across):
+        raise ValueError(f"{len(rows)} x {len(columns)} labels for {len(images)} x {across} cells.")
+    width, height = max(image.width for image in pictures), max(image.height for image in pictures)
+    side = max(width, height)
+    scale = scale or max(1, math.ceil(SMALLEST / side)) * min(1, LARGEST / side)
+    width, height = round(width * scale), round(height * scale)  # of a cell
+
+    font = ImageFont.load_default(size=min(28, max(14, width / 10)))
+    line = sum(font.getmetrics()) + 2
+    label_width = min(260, max(110, width))
+    heads = [wrap(text, font, width, 3) for text in columns]
+    x0 = MARGIN + (label_width + GAP if rows else 0)  # (x0, y0): corner of the first picture
+    y0 = MARGIN + (max(len(head) for head in heads) * line + GAP if columns else 0)
+    canvas_size = (
+        x0 + across * (width + GAP) - GAP + MARGIN,
+        y0 + len(images) * (height + GAP) - GAP + MARGIN,
+    )
+    canvas = Image.new("RGB", canvas_size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for j, head in enumerate(heads):  # text ends just above the pictures
+        corner = x0 + j * (width + GAP) + width / 2, y0 - GAP - len(head) * line
+        draw.text(corner, "\n".join(head), "black", font, "ma", spacing=4, align="center")
+    for i, row in enumerate(images):
+        y = y0 + i * (height + GAP)
+        if rows:
+            text = "\n".join(wrap(rows[i], font, label_width, max(1, height // line)))
+            draw.text((MARGIN, y + height / 2), text, "#333333", font, "lm", spacing=4)
+        for j, image in enumerate(row):
+            larger = width >= image.width and height >= image.height
+            how = Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS
+            cell = ImageOps.pad(image.convert("RGB"), (width, height), how, "white")
+            canvas.paste(cell, (x0 + j * (width + GAP), y))
+    return canvas
+
+
+# --------------------------------------------------------------------------------------------------
+# Training curves.
+
+WINNER, LOSER, BOTH, GREY = "#1a7f5a", "#c8472b", "#2f5d9b", "#888888"
+PANELS = [  # heading, y axis and its unit, value where policy == reference, (who, colour, keys)
+    ("Loss", "loss (nats per pair)", math.log(2), "log 2", [("", BOTH, "loss")]),
+    ("Implicit accuracy", "share of pairs", 0.5, "chance", [("", BOTH, "implicit_accuracy")]),
+    ("Implicit rewards", "reward (nats)", 0.0, "reference",
+     [("winner, ", WINNER, "reward_winner"), ("loser, ", LOSER, "reward_loser")]),
+    ("Squared error against the reference", "err - err_ref (noise variance = 1)", 0.0, "reference",
+     [("winner, ", WINNER, "err_winner - err_ref_winner"),
+      ("loser, ", LOSER, "err_loser - err_ref_loser")]),
+]  # fmt: skip
+
+
+def series(metrics: list[dict], keys: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of "key" or "key - key" on the lines where all of it is a finite number."""
+    first, *second = keys.split(" - ")
+    y = np.array([line.get(first, math.nan) for line in metrics], dtype=float)
+    for key in second:
+        y -= np.array([line.get(key, math.nan) for line in metrics], dtype=float)
+    x = np.array([line.get("step", i) for i, line in enumerate(metrics)], dtype=float)
+    return x[np.isfinite(y)], y[np.isfinite(y)]
+
+
+def running_mean(y: np.ndarray, window: int) -> np.ndarray:
+    """The mean of the last `window` values at each point, of as many as there are at the start."""
+    return np.array([y[max(0, n - window) : n].mean() for n in range(1, len(y) + 1)])
+
+
+def curves(metrics: list[dict], path: str | Path, title: str = "") -> None:
+    """Draw the lines of metrics.jsonl into one PNG; a panel whose keys are missing says so.
+
+    Faint points are single steps, lines their running mean over a tenth of the run. Dashed: the
+    value where the policy is the reference, where a run starts: loss log 2, accuracy 0.5 (ties
+    count half), rewards and differences of error 0."""
+    from matplotlib.figure import (
+        Figure,
+    )  # draws PNGs with Agg; pyplot's global state stays as it is
+
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        heading, unit, limit, limit_name, lines = panel
+        for who, color, keys in lines:
+            x, y = series(metrics, keys)
+            window = max(1, len(y) // 10)
+            label = f"{who}mean of {window} steps" if window > 1 else f"{who}single steps"
+            axes.plot(x, y, ".", color=color, alpha=0.35, markersize=5, markeredgewidth=0)
+            if len(y):
+                axes.plot(x, running_mean(y, window), color=color, linewidth=1.8, label=label)
+        if axes.get_legend_handles_labels()[1]:
+            axes.axhline(limit, color=GREY, linestyle="--", linewidth=1, label=limit_name, zorder=1)
+            axes.legend(frameon=False, fontsize=9)
+            axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        else:
+            axes.text(0.5, 0.5, "not recorded", color=GREY, ha="center", transform=axes.transAxes)
+            axes.set(xticks=[], yticks=[])
+        axes.set_title(heading, loc="left", fontsize=11, fontweight="bold")
+        axes.set(xlabel="optimizer step", ylabel=unit)
+        axes.grid(color="#e6e6e6", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=13)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

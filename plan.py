@@ -1,0 +1,361 @@
+"""What a run is asked to do: recipes, flags, checks and the derived plan.
+
+Everything that can be wrong is said here in one sentence, before any weights are loaded."""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+import data
+import model
+import run
+from run import RunError
+
+# -------------------------------------------------------------------------------------------------
+# Recipes: the published ones (InPO, appendix and released launch files), and one for two CPU cores.
+
+PICK = "yuvalkirstain/pickapic_v2"
+RECIPES = {  # flag:              SDXL         SD1.5      tiny
+    "vae": ("madebyollin/sdxl-vae-fp16-fix", None, None),
+    "data": (PICK, PICK, "toy"),
+    "caption_dropout": (0.2, 0.2, 0.2),
+    "beta": (5000.0, 2000.0, 1000.0),
+    "inversion_steps": (10, 10, 10),
+    "eta": (0.1, 0.1, 0.1),
+    "steps": (400, 400, 60),
+    "batch": (1024, 1024, 16),
+    "micro_batch": (4, 16, 16),
+    "lr": (1.024e-5, 1.024e-5, 2e-5),
+    "warmup": (200, 200, 10),
+    "gradient_checkpointing": (True, True, False),
+    "workers": (8, 8, 0),
+    "checkpoint_every": (50, 50, 20),
+    "sample_every": (50, 50, 20),
+    "guidance": (5.0, 7.5, 2.0),
+}
+COLUMNS = ("sdxl", "sd15", "tiny")
+
+
+def recipe_of(name: str) -> dict[str, Any]:
+    """The recipe of a preset, or of the architecture of a folder or hub id (with its own VAE)."""
+    if name in COLUMNS:
+        return {flag: values[COLUMNS.index(name)] for flag, values in RECIPES.items()}
+    return recipe_of(model.architecture(name)) | {"vae": None}
+
+
+def recipe_table() -> str:
+    rows = [("recipe (the defaults of --model)", *COLUMNS)]
+    rows += [
+        (f"--{flag.replace('_', '-')}", *map(str, values))
+        for flag, values in RECIPES.items()
+        if flag != "vae"
+    ]
+    return "\n".join("  {:34}{:27}{:27}{}".format(*row) for row in rows)
+
+
+# -------------------------------------------------------------------------------------------------
+# Flags.
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Description and epilog as they are written, and each option's default behind its help."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags; their defaults are the recipe of --model. Raises ModelError for an unknown one."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--model", default="sdxl")
+    name = first.parse_known_args(argv)[0].model
+
+    parser = argparse.ArgumentParser(
+        description=description, epilog=recipe_table(), formatter_class=HelpFormatter
+    )
+    switch = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model",
+        default="sdxl",
+        help="sdxl, sd15, tiny, a hub id, or a folder in diffusers layout; picks the recipe",
+    )
+    add(
+        "--unet",
+        metavar="PATH",
+        help="UNet (folder or hub id) in place of the pipeline's, as start and as reference",
+    )
+    add(
+        "--vae",
+        metavar="PATH",
+        help="VAE checkpoint in place of the pipeline's (SDXL's own overflows in fp16)",
+    )
+    add("--gradient-checkpointing", action=switch, help="less memory for a quarter more work")
+
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data",
+        metavar="PATH",
+        help="pairs in Pick-a-Pic v2's columns: hub id, .parquet file, folder of them, folder "
+        "saved by datasets; 'toy' draws the tiny model's",
+    )
+    add("--split", default="train", help="split of a hub id or DatasetDict")
+    add(
+        "--resolution",
+        type=int,
+        metavar="PIXELS",
+        help="side of the square; if not given the model's own (SDXL 1024, SD1.5 512, tiny 64)",
+    )
+    add(
+        "--crop",
+        choices=("center", "random"),
+        default="center",
+        help="what is kept once the shorter side has that length",
+    )
+    add("--flip", action=switch, default=True, help="mirror half of the pairs")
+    add(
+        "--caption-dropout",
+        type=float,
+        metavar="P",
+        help="share of the pairs, 0 to 1, that are trained without their caption",
+    )
+    add("--workers", type=int, metavar="N", help="loader processes per rank")
+
+    add = parser.add_argument_group("objective: InPO").add_argument
+    add(
+        "--beta",
+        type=float,
+        help="strength, per mean squared error; a larger one stays closer to the reference",
+    )
+    add(
+        "--inversion-steps",
+        type=int,
+        metavar="N",
+        help="cells of the inversion's grid over all timesteps; must divide them",
+    )
+    add("--eta", type=float, help="noise injected while inverting, from 0 (none) to 1 (DDPM's)")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--steps", type=int, metavar="N", help="optimizer steps")
+    add("--batch", type=int, metavar="PAIRS", help="pairs per optimizer step, over all ranks")
+    add(
+        "--micro-batch",
+        type=int,
+        metavar="PAIRS",
+        help="pairs per rank and forward; the rest of the batch is accumulated",
+    )
+    add("--lr", type=float, help="learning rate of AdamW, constant after the warm-up")
+    add("--warmup", type=int, metavar="N", help="optimizer steps of linear warm-up")
+    add("--seed", type=int, default=0, help="of everything random")
+    add(
+        "--ds-config",
+        metavar="FILE",
+        default="ds_config.json",
+        help="DeepSpeed's: ZeRO stage, precision, weight decay, clipping, monitors",
+    )
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="FOLDER", help="the run's folder (if not given: out/MODEL-inpo)")
+    add("--checkpoint-every", type=int, metavar="N", help="optimizer steps; 0: never")
+    add(
+        "--sample-every",
+        type=int,
+        metavar="N",
+        help="optimizer steps between sample pictures; 0: none",
+    )
+    add("--sample-prompts", metavar="FILE", help="a prompt a line, for the sample pictures")
+    add(
+        "--guidance",
+        type=float,
+        metavar="W",
+        help="scale of classifier-free guidance of the sample pictures",
+    )
+    add("--dry-run", action="store_true", help="print the plan, check every input, and stop")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
+    parser.set_defaults(**recipe_of(name))
+    args = parser.parse_args(argv)
+    args.out = Path(args.out or f"out/{Path(args.model).name}-inpo")
+    return args  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------
+# ds_config.json: plain DeepSpeed, completed from the flags.
+
+
+def read_ds_config(file: str) -> dict:
+    """The file (beside this one, if not in the working directory) as a dictionary.
+
+    Raises RunError where it is missing, no JSON object, or holds "auto"."""
+    path = Path(file) if Path(file).exists() else Path(__file__).parent / file
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise RunError(f"--ds-config {file}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise RunError(f"--ds-config {file}: is no JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise RunError(f"--ds-config {file}: must hold a JSON object.")
+    place = find_auto(config)
+    if place is not None:
+        raise RunError(
+            f'--ds-config {file}: {place} is "auto", a word of another library; write a value, or '
+            "leave the key out (batch sizes, accumulation and lr come from the flags)."
+        )
+    return config
+
+
+def find_auto(node: Any, place: str = "") -> str | None:
+    """The dotted place of the first value "auto" in nested dictionaries and lists."""
+    if node == "auto":
+        return place
+    items = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node if isinstance(node, list) else ())
+    )
+    found = (find_auto(child, f"{place}.{key}".lstrip(".")) for key, child in items)
+    return next((place for place in found if place is not None), None)
+
+
+def compute_dtype(ds_config: dict) -> torch.dtype:
+    """The dtype of the UNets under a completed configuration."""
+    if ds_config.get("bf16", {}).get("enabled"):
+        return torch.bfloat16
+    return torch.float16 if ds_config.get("fp16", {}).get("enabled") else torch.float32
+
+
+def state_memory(parameters: int, stage: int, world: int, dtype: torch.dtype) -> float:
+    """GiB on each rank for the full fine-tuning of a UNet, by ZeRO stage: weights and reference
+    (sharded from stage 3), fp32 gradients (from 2), AdamW's two moments and, on half precision, the
+    fp32 master copy (from 1)."""
+    weights = 2 * dtype.itemsize / (world if stage >= 3 else 1)
+    gradients = 4 / (world if stage >= 2 else 1)
+    optimizer = (8 + (4 if dtype.itemsize < 4 else 0)) / (world if stage >= 1 else 1)
+    return parameters * (weights + gradients + optimizer) / 2**30
+
+
+# -------------------------------------------------------------------------------------------------
+# The plan.
+
+RANGES = {
+    "beta": (1e-9, 1e9), "eta": (0, 1), "caption_dropout": (0, 1), "lr": (1e-12, 1),
+    "steps": (1, 10**9), "batch": (1, 10**9), "micro_batch": (1, 10**9), "warmup": (0, 10**9),
+    "inversion_steps": (1, 1000), "workers": (0, 1024), "seed": (0, 2**32),
+    "sample_every": (0, 10**9), "checkpoint_every": (0, 10**9),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the flags, the model, the data and the number of ranks."""
+
+    world: int  # ranks
+    accumulation: int  # micro-steps per optimizer step
+    ds_config: dict  # completed
+    dtype: torch.dtype  # of the UNets
+    architecture: str  # sdxl or sd15
+    parameters: int  # of the UNet
+    timesteps: int  # T
+    resolution: int  # pixels
+    pairs: Any  # datasets.Dataset without ties
+
+
+def asked(args: argparse.Namespace) -> dict:
+    """What makes a run this run: every flag that is not about where it is written."""
+    skip = ("local_rank", "dry_run", "out")
+    kept = {key: value for key, value in vars(args).items() if key not in skip}
+    return kept | {"ds_config": read_ds_config(args.ds_config)}
+
+
+def check(args: argparse.Namespace) -> Plan:
+    """Check everything, cheap things first. Raises RunError, ModelError or DataError."""
+    for flag, (low, high) in RANGES.items():
+        if not low <= getattr(args, flag) <= high:
+            name = flag.replace("_", "-")
+            raise RunError(f"--{name} {getattr(args, flag)}: must lie between {low} and {high}.")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch % (args.micro_batch * world):
+        raise RunError(
+            f"--batch {args.batch}: must be a multiple of --micro-batch {args.micro_batch} x "
+            f"{world} rank(s) = {args.micro_batch * world}."
+        )
+    accumulation = args.batch // (args.micro_batch * world)
+    if args.sample_prompts and not Path(args.sample_prompts).is_file():
+        raise RunError(f"--sample-prompts {args.sample_prompts}: is no file.")
+
+    ds_config = read_ds_config(args.ds_config)
+    ds_config["train_micro_batch_size_per_gpu"] = args.micro_batch
+    ds_config["gradient_accumulation_steps"] = accumulation
+    ds_config["train_batch_size"] = args.batch
+    ds_config.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})["lr"] = args.lr
+    if ds_config.get("tensorboard", {}).get("enabled"):
+        ds_config["tensorboard"] |= {"output_path": str(args.out), "job_name": "tensorboard"}
+    if get_accelerator().device_name() == "cpu":  # half precision only pays on a GPU
+        ds_config = {key: ds_config[key] for key in ds_config if key not in ("bf16", "fp16")}
+
+    run.check_folder(args.out, asked(args))
+    unet = model.read_config(args.unet or args.model, "unet")
+    vae = model.read_config(args.vae or args.model, "vae")
+    timesteps = model.read_config(args.model, "scheduler").get("num_train_timesteps", 1000)
+    if timesteps % args.inversion_steps:
+        raise RunError(
+            f"--inversion-steps {args.inversion_steps}: must divide the model's {timesteps} "
+            "timesteps, so that the cells of the grid are equally likely."
+        )
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    resolution = args.resolution or unet["sample_size"] * factor
+    if resolution < factor or resolution % factor:
+        raise RunError(f"--resolution {resolution}: must be a multiple of the VAE's {factor}.")
+    return Plan(
+        world=world,
+        accumulation=accumulation,
+        ds_config=ds_config,
+        dtype=compute_dtype(ds_config),
+        architecture=model.architecture(args.model),
+        parameters=model.count_parameters(unet),
+        timesteps=timesteps,
+        resolution=resolution,
+        pairs=read_pairs(args),
+    )
+
+
+def read_pairs(args: argparse.Namespace):
+    if args.data != "toy":
+        return data.read_pairs(args.data, args.split)
+    import toy
+
+    return data.read_pairs(str(toy.write_pairs_once("out/toy", n=2048)))
+
+
+def describe(args: argparse.Namespace, plan: Plan) -> str:
+    """The plan in words. A UNet call is a forward of one image; a backward counts as two."""
+    seen = args.steps * args.batch
+    calls = (args.inversion_steps + 1) / 2  # the mean of 1..steps
+    stage = plan.ds_config.get("zero_optimization", {}).get("stage", 0)
+    memory = state_memory(plan.parameters, stage, plan.world, plan.dtype)
+    lines = {
+        "model": f"{args.model} ({plan.architecture}), UNet of {plan.parameters / 1e6:,.1f} M "
+        f"parameters, {plan.resolution} px",
+        "data": f"{args.data}, {len(plan.pairs):,} pairs without ties; the run sees {seen:,} "
+        f"({seen / len(plan.pairs):.2f} epochs)",
+        "batch": f"{args.batch} pairs = {args.micro_batch} x {plan.world} rank(s) x "
+        f"{plan.accumulation} accumulated",
+        "steps": f"{args.steps}; lr {args.lr:g} after {args.warmup} of warm-up; "
+        f"{plan.ds_config['optimizer']['type']}, ZeRO-{stage}, "
+        f"{str(plan.dtype).removeprefix('torch.')}",
+        "objective": f"InPO, beta {args.beta:g}, inversion on a grid of {args.inversion_steps}, "
+        f"eta {args.eta:g}",
+        "UNet calls": f"an image takes {calls:g} to invert + 1 reference + 3 to train; "
+        f"{2 * seen * (calls + 4):,.0f} in all",
+        "memory": f"{memory:.2f} GiB a rank for weights, reference, gradients, optimizer "
+        "(activations, text encoders and VAE come on top)",
+        "out": f"{args.out}",
+    }
+    return "\n".join(f"  {key:<12}{text}" for key, text in lines.items())

@@ -1,0 +1,283 @@
+"""One run's folder: its configuration, metrics, sample pictures, checkpoints, and the pipeline it
+ends with.
+
+    run.json                what was asked for; the same command resumes, another one is refused
+    metrics.jsonl           one line an optimizer step
+    tensorboard/            the same, through DeepSpeed's monitor
+    samples/                pictures of fixed prompts and seeds, the start beside the current model
+    checkpoints/            DeepSpeed's, all ranks
+    curves.png, README.md   training curves, model card
+    model_index.json, ...   the aligned pipeline in diffusers layout, written at the end
+
+Every method is called by all ranks and is safe there: files are written by rank 0, except for
+checkpoints, whose writing is collective. Randomness is a function of (seed, step), so a checkpoint
+holds engine and step, no more."""
+
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+import figures
+import model
+
+HARMLESS = ("steps", "workers", "sample_every", "checkpoint_every")  # may differ when a run goes on
+
+
+class RunError(ValueError):
+    """A run that cannot start: one sentence that names the flag or file and the fix."""
+
+
+# -------------------------------------------------------------------------------------------------
+# Ranks and words.
+
+
+def join_ranks():
+    """Join the process group of the launcher (deepspeed, torchrun, srun); a plain `python` is a
+    group of one."""
+    from deepspeed import init_distributed
+
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def print0(*words, file=None):
+    if is_main():
+        print(*words, file=file, flush=True)
+
+
+# -------------------------------------------------------------------------------------------------
+# The folder.
+
+
+def check_folder(out: Path, asked: dict):
+    """Raises RunError where `out` holds something else, or a run that was asked for differently."""
+    record = out / "run.json"
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out {out}: is a file; name a folder.")
+    if not record.exists():
+        if out.exists() and any(out.iterdir()):
+            raise RunError(f"--out {out}: holds files of something else; name an empty folder.")
+        return
+    try:
+        before = json.loads(record.read_text())
+    except ValueError as error:
+        raise RunError(
+            f"--out {out}: its run.json is damaged ({error}); name another folder."
+        ) from error
+    differ = [
+        f"{key}: {before.get(key)} there, {asked.get(key)} now"
+        for key in sorted(before.keys() | asked.keys())
+        if key not in HARMLESS and before.get(key) != asked.get(key)
+    ]
+    if differ:
+        raise RunError(
+            f"--out {out}: holds another run ({'; '.join(differ)}); name another folder, or repeat "
+            "that run's command to resume it."
+        )
+
+
+def finished(out: Path, steps: int) -> bool:
+    """Whether the run in `out` has written its pipeline after that many steps."""
+    lines = read_metrics(out)
+    return (out / "model_index.json").exists() and bool(lines) and lines[-1]["step"] >= steps
+
+
+def read_metrics(out: Path) -> list[dict]:
+    file = out / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+class Run:
+    """The folder of a run in progress, seen from every rank."""
+
+    def __init__(self, out: Path, asked: dict, steps: int):
+        self.out, self.steps, self.start = out, steps, 0
+        self.bar, self.clock, self.base_images = None, time.time(), None
+        if is_main():
+            for folder in ("samples", "checkpoints"):
+                (out / folder).mkdir(parents=True, exist_ok=True)
+            (out / "run.json").write_text(json.dumps(asked, indent=2) + "\n")
+
+    # ----- metrics
+
+    def log(self, engine, step: int, stats: list[dict], pairs: int):
+        """Average the diagnostics of a step over micro-steps and ranks; write them to file, monitor
+        and bar."""
+        names = list(stats[0])
+        values = torch.stack(
+            [torch.stack([one[name].float() for name in names]) for one in stats]
+        ).mean(0)
+        dist.all_reduce(values)
+        values = (
+            values / dist.get_world_size()
+        ).tolist()  # the one point a step where the CPU waits
+        now = time.time()
+        line = {"step": step + 1, **dict(zip(names, values, strict=True))}
+        line["lr"] = engine.get_lr()[0]
+        norm = engine.get_global_grad_norm()
+        line["grad_norm"] = float(norm) if norm is not None else None
+        line["pairs_per_second"] = pairs / (now - self.clock)
+        self.clock = now
+        if not is_main():
+            return
+        if self.bar is None:
+            self.bar = tqdm(
+                total=self.steps, initial=step, desc="InPO", unit="step", dynamic_ncols=True
+            )
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        engine.monitor.write_events(
+            [
+                (f"inpo/{key}", value, step + 1)
+                for key, value in line.items()
+                if key != "step" and value is not None
+            ]
+        )
+        self.bar.set_postfix(loss=f"{line['loss']:.4f}", acc=f"{line['implicit_accuracy']:.2f}")
+        self.bar.update()
+
+    # ----- pictures
+
+    def sample(
+        self, pipeline, step: int, prompts: list[str], guidance: float, sample_steps: int = 25
+    ):
+        """Draw the fixed prompts with fixed seeds and save them beside what the start drew. All
+        ranks draw, since under ZeRO-3 a forward is collective; rank 0 saves."""
+        folder, clock = self.out / "samples", time.time()
+        images = model.sample(pipeline, prompts, list(range(len(prompts))), sample_steps, guidance)
+        if is_main():
+            if step == 0:
+                for i, image in enumerate(images):
+                    image.save(folder / f"start_{i:02d}.png")
+            rows = [
+                [Image.open(folder / f"start_{i:02d}.png"), image] for i, image in enumerate(images)
+            ]
+            figures.grid(rows, prompts, ["start", f"step {step}"]).save(
+                folder / f"step_{step:06d}.png"
+            )
+        self.clock += time.time() - clock  # drawing is not training
+
+    # ----- checkpoints
+
+    def save(self, engine, step: int, keep: int = 2):
+        """Write a checkpoint (collective) and remove all but the newest `keep`."""
+        clock = time.time()
+        engine.save_checkpoint(
+            str(self.out / "checkpoints"), tag=f"step_{step:06d}", client_state={"step": step}
+        )
+        dist.barrier()
+        if is_main():
+            for old in sorted((self.out / "checkpoints").glob("step_*"))[:-keep]:
+                shutil.rmtree(old)
+        self.clock += time.time() - clock
+
+    def resume(self, engine) -> int:
+        """Load the newest checkpoint if there is one. Returns the step to start at; metrics after
+        it are dropped."""
+        dist.barrier()
+        if (self.out / "checkpoints" / "latest").exists():
+            _, state = engine.load_checkpoint(str(self.out / "checkpoints"))
+            self.start = state["step"]
+            print0(f"Resuming {self.out} at step {self.start} of {self.steps}.")
+        if is_main():
+            kept = [line for line in read_metrics(self.out) if line["step"] <= self.start]
+            (self.out / "metrics.jsonl").write_text(
+                "".join(json.dumps(line) + "\n" for line in kept)
+            )
+        self.clock = time.time()
+        return self.start
+
+    # ----- the end
+
+    def finish(self, engine, pipeline, card: dict):
+        """Write the aligned pipeline, its UNet in fp32 from the optimizer's master weights, curves
+        and model card."""
+        weights = full_weights(engine)
+        if is_main():
+            if self.bar is not None:
+                self.bar.close()
+            pipeline.to("cpu", torch.float32)
+            model.save_pipeline(pipeline, weights, self.out)
+            lines = read_metrics(self.out)
+            figures.curves(lines, self.out / "curves.png", card["title"])
+            (self.out / "README.md").write_text(model_card(card, lines))
+        dist.barrier()
+        print0(f"Wrote the aligned pipeline to {self.out}.")
+
+
+def full_weights(engine) -> dict[str, torch.Tensor]:
+    """name -> fp32 tensor on the CPU, gathered from all ranks whatever the ZeRO stage (collective;
+    kept by rank 0)."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = {name: buffer for name, buffer in engine.module.named_buffers()}
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_fp32_param(
+            parameter
+        )  # None where no master copy exists: the parameter itself is fp32
+        if is_main():
+            weights[name] = (parameter if full is None else full).detach().float().cpu()
+    return weights
+
+
+def model_card(card: dict, lines: list[dict]) -> str:
+    """README.md of an aligned pipeline: what it is, recipe, data, and the means over the last tenth
+    of the steps."""
+    last = lines[-max(1, len(lines) // 10) :]
+    names = [name for name in last[-1] if name != "step"]
+    means = {
+        name: sum(line[name] for line in last) / len(last)
+        for name in names
+        if all(isinstance(line[name], float) and math.isfinite(line[name]) for line in last)
+    }
+    recipe = "\n".join(f"| {key} | {value} |" for key, value in card["recipe"].items())
+    metrics = "\n".join(f"| {key} | {value:.4g} |" for key, value in means.items())
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+base_model: {card["base_model"]}
+datasets: [{card["data"]}]
+tags: [inpo, dpo, preference-alignment, text-to-image]
+---
+
+# {card["title"]}
+
+`{card["base_model"]}`, aligned with pairs of pictures by DDIM-InPO (Lu et al., CVPR 2025, arXiv
+2503.18454): the latents of winner and loser are found by DDIM inversion, and a pairwise preference
+loss is taken on those latents only.
+
+```
+{card["command"]}
+```
+
+## Recipe
+
+| | |
+|---|---|
+{recipe}
+
+Data: `{card["data"]}`, {card["pairs"]} pairs after ties were removed. {card["versions"]}.
+
+## Training metrics
+
+Means over the last {len(last)} of {len(lines)} steps, on the training pairs. They say nothing about the
+pictures it draws; `evaluate.py` does.
+
+| | |
+|---|---|
+{metrics}
+"""

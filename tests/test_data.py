@@ -1,0 +1,548 @@
+"""Laws of data.py. Row i of these data has red level i; its winner is green, its loser blue.
+
+Solid pictures, so that any pixel tells row and role."""
+
+import io
+import os
+import struct
+import zlib
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # no test asks the hub
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import DataError, Pairs, collate, loader, pair_numbers, preprocess, read_pairs
+
+ROWS, SIZE = 12, 16
+LABELS = (1.0, 0.0, 0.5, 0.0, 1.0, 1.0)  # of rows 0, 1, 2, ..., repeated: one in six is a tie
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """datasets keeps its cache in the test's folder, and stays offline and quiet."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+
+
+def encode(image, form="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def solid(*color, size=(SIZE, SIZE)):
+    return encode(Image.new("RGB", size, color))
+
+
+def columns(n=ROWS, first=0, labels=LABELS):
+    """Columns of n rows from row `first` on."""
+    table = {"jpg_0": [], "jpg_1": [], "label_0": [], "caption": []}
+    for i in range(first, first + n):
+        label = labels[i % len(labels)]
+        winner, loser = solid(i, 255, 0), solid(i, 0, 255)
+        table["jpg_0"].append(loser if label == 0 else winner)
+        table["jpg_1"].append(winner if label == 0 else loser)
+        table["label_0"].append(label)
+        table["caption"].append(f"row {i}")
+    return table
+
+
+def parquet(path, table):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(table), path)
+    return str(path)
+
+
+def dataset_of(table):
+    return datasets.Dataset.from_dict(table, features=FEATURES)
+
+
+BYTES, TEXT = datasets.Value("binary"), datasets.Value("string")
+OTHERS = {"label_0": datasets.Value("float64"), "caption": TEXT}
+FEATURES = datasets.Features({"jpg_0": BYTES, "jpg_1": BYTES, **OTHERS})
+PICTURES = datasets.Features({"jpg_0": datasets.Image(), "jpg_1": datasets.Image(), **OTHERS})
+
+
+def source_of(kind, folder, table=None):
+    """The rows in one of the forms that read_pairs takes, with a column more than it needs."""
+    table = table or columns()
+    table["uid"] = [str(i) for i in range(len(table["caption"]))]
+    if kind == "file":
+        return parquet(folder / "pairs.parquet", table)
+    if kind == "folder":
+        half = len(table["caption"]) // 2
+        parquet(folder / "a" / "1.parquet", {k: v[:half] for k, v in table.items()})
+        parquet(folder / "b" / "0.parquet", {k: v[half:] for k, v in table.items()})
+        parquet(folder / "b" / "1.parquet", pa.table(table).slice(0, 0))  # no rows
+        return str(folder)
+    features = datasets.Features((PICTURES if "image" in kind else FEATURES) | {"uid": TEXT})
+    if "image" in kind:
+        for name in ("jpg_0", "jpg_1"):
+            table[name] = [b if b is None else {"bytes": b, "path": None} for b in table[name]]
+    dataset = datasets.Dataset.from_dict(table, features=features)
+    if kind == "image file":
+        dataset.to_parquet(folder / "pairs.parquet")
+        return str(folder / "pairs.parquet")
+    if kind == "arrow dict":
+        dataset = datasets.DatasetDict({"test": dataset.select([0]), "train": dataset})
+    dataset.save_to_disk(folder / "saved")
+    return str(folder / "saved")
+
+
+KINDS = ("file", "folder", "image file", "arrow", "arrow dict", "arrow image")
+
+
+def levels(images):
+    """(P, 3) colour levels 0..255 of solid images (P, 3, R, R) in -1..1."""
+    assert images.amax((2, 3)).equal(images.amin((2, 3)))
+    return ((images.amax((2, 3)) + 1) * 127.5).round().int()
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_winners_and_losers_are_not_swapped_from_source_to_batch(kind, tmp_path):
+    pairs = Pairs(read_pairs(source_of(kind, tmp_path)), SIZE, seed=0, caption_dropout=0)
+    assert pairs.dataset.column_names == list(data.COLUMNS)
+    (batch,) = loader(pairs, 0, 1, rank=0, world=1, micro_batch=len(pairs), accumulation=1)
+    decided = [i for i in range(ROWS) if LABELS[i % 6] != 0.5]
+    seen = [int(caption.split()[1]) for caption in batch["captions"]]
+    assert sorted(seen) == decided  # labels 0 and 1 both occur, ties do not
+    winners, losers = levels(batch["pixels"]).chunk(2)
+    assert winners.tolist() == [[i, 255, 0] for i in seen]
+    assert losers.tolist() == [[i, 0, 255] for i in seen]
+
+
+def test_ties_are_removed_and_counted(tmp_path):
+    dataset = read_pairs(source_of("file", tmp_path))
+    assert len(dataset) == ROWS - 2 and 0.5 not in dataset["label_0"]
+    assert dataset.info.description.startswith("10 pairs; 2 of 12 rows are ties")
+
+
+def test_reading_decodes_nothing_and_maps_the_file(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("an image was decoded")
+
+    sources = [source_of(kind, tmp_path / kind) for kind in ("image file", "folder")]
+    monkeypatch.setattr(Image, "open", refuse)
+    for source in sources:
+        dataset = read_pairs(source)
+        assert dataset.cache_files
+        assert isinstance(data._encoded(dataset[0]["jpg_0"]), bytes)
+
+
+def test_hidden_preference_of_the_toy_agrees_with_its_pairs(tmp_path):
+    toy = pytest.importorskip("toy")
+    dataset = read_pairs(str(toy.write_pairs(tmp_path, 8, seed=1).parent))
+    pairs = Pairs(dataset, toy.SIZE, seed=0, flip=False)
+    for n in range(len(pairs)):
+        item = pairs[n]
+        scores = []
+        for side in ("winner", "loser"):
+            pixels = ((item[side] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+            scores.append(toy.preference(Image.fromarray(pixels)))
+        assert scores[0] > scores[1]
+
+
+def test_folder_with_hub_names_gives_only_its_split(tmp_path):
+    for k in range(2):
+        parquet(tmp_path / "data" / f"train-0000{k}-of-00002.parquet", columns(3, first=3 * k))
+    parquet(tmp_path / "data" / "test-00000-of-00001.parquet", columns(3, first=6))
+    assert read_pairs(str(tmp_path))["caption"][:] == [f"row {i}" for i in (0, 1, 3, 4, 5)]
+    assert read_pairs(str(tmp_path), "test")["caption"][:] == ["row 6", "row 7"]
+    with pytest.raises(DataError, match="no pairs of split 'validation', it holds test, train"):
+        read_pairs(str(tmp_path), "validation")
+
+
+def test_fingerprint_depends_on_the_rows_alone(tmp_path):
+    prints = {
+        data.fingerprint(read_pairs(source_of(kind, tmp_path / str(i))))
+        for i, kind in enumerate(KINDS)
+    }
+    assert len(prints) == 1 and len(prints.pop()) == 16
+    base = columns()
+    changed = [columns(11), {**base, "label_0": [0.0] + base["label_0"][1:]}]
+    changed += [{**base, "caption": ["else"] + base["caption"][1:]}]
+    changed += [{**base, "jpg_1": [solid(9, 9, 9)] + base["jpg_1"][1:]}]
+    assert len({data.fingerprint(dataset_of(table)) for table in [base, *changed]}) == 5
+
+
+# --------------------------------------------------------------------------------------------------
+# What is wrong with a source is said in one sentence.
+
+
+def without(name):
+    return {key: value for key, value in columns().items() if key != name}
+
+
+def spoiled(name, row, value):
+    table = columns()
+    table[name][row] = value
+    return table
+
+
+def truncated(path):
+    parquet(path, columns())
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def torn(path):
+    """Whole footer and labels, but no image data behind them, as a broken download leaves it."""
+    parquet(path, columns())
+    path.write_bytes(path.read_bytes()[:4] + bytes(200) + path.read_bytes()[204:])
+
+
+def saved(data, folder):
+    data.save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def garbage(folder):
+    (folder / "b.parquet").write_text("no parquet")
+
+
+# What is wrong: a table, written to b.parquet beside a good a.parquet, or a function of the folder
+# that spoils it, and may return a source of its own; then words of the sentence.
+CASES = {
+    "no such path": (lambda _: "out/toy/pairs/x", "out/toy/pairs/x does not exist", "hub id"),
+    "no such file": (lambda _: "nowhere/pairs.parquet", "does not exist"),
+    "no label": (without("label_0"), "b.parquet has no column 'label_0', it has jpg_0, jpg_1, cap"),
+    "no image": (without("jpg_1"), "b.parquet has no column 'jpg_1'"),
+    "addresses": (
+        {**columns(), "jpg_0": ["http"] * ROWS},
+        "'jpg_0'",
+        "holds string, it must hold bin",
+    ),
+    "no captions": ({**columns(), "caption": [1] * ROWS}, "'caption'", "must hold string"),
+    "no parquet": (garbage, "b.parquet is no readable parquet"),
+    "truncated": (
+        lambda folder: truncated(folder / "b.parquet"),
+        "b.parquet is no readable parquet",
+    ),
+    "torn": (lambda folder: torn(folder / "b.parquet"), "cannot be read"),
+    "empty folder": (lambda folder: folder.parent, "no .parquet file and no saved dataset"),
+    "label": (spoiled("label_0", 7, 2.0), "Row 7", "b.parquet", "label_0 2.0"),
+    "no number": (spoiled("label_0", 5, None), "Row 5", "b.parquet", "label_0 nan"),
+    "text label": ({**columns(), "label_0": ["1"] * ROWS}, "Row 0", "b.parquet", "label_0 1:"),
+    "saved label": (
+        lambda folder: saved(dataset_of(spoiled("label_0", 7, 0.3)), folder),
+        "Row 7",
+        "0.3",
+    ),
+    "ties only": (columns(labels=(0.5,)), "no pair left", "24 of 24 rows are ties"),
+    "no rows": (pa.table(columns()).slice(0, 0), "no pair left", "no rows"),
+    "no split": (
+        lambda folder: saved(datasets.DatasetDict(test=dataset_of(columns())), folder),
+        "no split 'train', it has test",
+    ),
+    "half saved": (
+        lambda folder: (folder / "state.json").write_text("{}") and None,
+        "cannot be read",
+    ),
+    "hub": (lambda _: "owner/pairs", "owner/pairs is no file or folder here", "Couldn't reach"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_source_that_cannot_be_used_is_one_clear_sentence(case, tmp_path, monkeypatch):
+    wrong, *words = CASES[case]
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "deep" / "folder"
+    folder.mkdir(parents=True)
+    source = folder
+    if case != "empty folder":
+        good = {"ties only": columns(labels=(0.5,)), "no rows": wrong}.get(case, columns())
+        parquet(folder / "a.parquet", good)
+    if callable(wrong):
+        source = wrong(folder) or folder
+    else:
+        parquet(folder / "b.parquet", wrong)
+    with pytest.raises(DataError) as caught:
+        read_pairs(str(source))
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert message.endswith(".") and "\n" not in message
+    assert len(message.replace(str(folder), "")) < 200
+
+
+def test_nothing_is_cached_before_the_last_file_is_checked(tmp_path):
+    parquet(tmp_path / "a.parquet", columns())
+    parquet(tmp_path / "b.parquet", without("caption"))
+    with pytest.raises(DataError):
+        read_pairs(str(tmp_path))
+    assert not any(datasets.config.HF_DATASETS_CACHE.rglob("*.arrow"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Order and shards.
+
+
+@pytest.mark.parametrize(
+    "world, micro_batch, accumulation", [(1, 1, 1), (1, 4, 2), (2, 3, 1), (4, 2, 3)]
+)
+def test_shards_are_disjoint_and_make_up_the_global_batch(world, micro_batch, accumulation):
+    size = world * micro_batch * accumulation
+    for step in (0, 5):
+        shards = [
+            list(pair_numbers(step, micro, rank, world, micro_batch, accumulation))
+            for micro in range(accumulation)
+            for rank in range(world)
+        ]
+        assert all(len(shard) == micro_batch for shard in shards)
+        assert sorted(sum(shards, [])) == list(range(step * size, (step + 1) * size))
+
+
+def test_a_rank_beyond_the_world_is_refused():
+    for rank, micro in ((2, 0), (0, 3), (-1, 0)):
+        with pytest.raises(ValueError, match="rank"):
+            pair_numbers(0, micro, rank, world=2, micro_batch=1, accumulation=3)
+
+
+def test_each_row_is_seen_once_an_epoch_in_an_order_of_its_own():
+    dataset = dataset_of(columns())
+    pairs, other = Pairs(dataset, SIZE, seed=0), Pairs(dataset, SIZE, seed=1)
+    epochs = [[pairs.row(e * ROWS + i) for i in range(ROWS)] for e in range(3)]
+    epochs.append([other.row(i) for i in range(ROWS)])
+    assert all(sorted(order) == list(range(ROWS)) for order in epochs)
+    assert len({tuple(order) for order in epochs} | {tuple(range(ROWS))}) == 5
+
+
+def by_number(batches):
+    """{n: (winner, loser, caption)} of batches."""
+    items = {}
+    for batch in batches:
+        winners, losers = batch["pixels"].chunk(2)
+        for n, *item in zip(batch["n"].tolist(), winners, losers, batch["captions"], strict=True):
+            assert n not in items
+            items[n] = item
+    return items
+
+
+def noisy(n=ROWS):
+    """Pictures of noise, 28 x 20, so that flip and crop can be told; rows as in `columns`."""
+    rng, table = np.random.default_rng(0), columns(n)
+    for name in ("jpg_0", "jpg_1"):
+        pixels = rng.integers(0, 256, (n, 20, 28, 3), dtype=np.uint8)
+        table[name] = [encode(Image.fromarray(p)) for p in pixels]
+    return table
+
+
+def test_pair_n_is_the_same_for_every_split_of_the_work(tmp_path):
+    dataset = read_pairs(source_of("file", tmp_path, noisy()))
+    kwargs = {"seed": 3, "crop": "random", "caption_dropout": 0.5}
+    one_rank = by_number(loader(Pairs(dataset, SIZE, **kwargs), 0, 4, 0, 1, 8, 1))
+    assert sorted(one_rank) == list(range(32))  # across the ends of three epochs
+
+    backwards = Pairs(dataset, SIZE, **kwargs)
+    others = [
+        {n: [item := backwards[n], item["loser"], item["caption"]] for n in reversed(range(32))}
+    ]
+    for item in others[0].values():
+        item[0] = item[0]["winner"]
+    for workers in (0, 2):
+        ranks = range(1 if workers else 2)  # of the slow workers, one rank is enough
+        parts = [loader(Pairs(dataset, SIZE, **kwargs), 0, 4, r, 2, 2, 2, workers) for r in ranks]
+        others.append(by_number(batch for part in parts for batch in part))
+    assert [len(other) for other in others] == [32, 32, 16]
+    for other in others:
+        for n, (winner, loser, caption) in other.items():
+            assert (
+                winner.equal(one_rank[n][0])
+                and loser.equal(one_rank[n][1])
+                and caption == one_rank[n][2]
+            )
+
+
+def test_a_later_start_gives_what_would_have_come_then():
+    pairs = Pairs(dataset_of(columns()), SIZE, seed=0)
+    whole = [batch["n"].tolist() for batch in loader(pairs, 0, 5, 1, 2, 3, 2)]
+    assert len(whole) == 10
+    assert [batch["n"].tolist() for batch in loader(pairs, 3, 5, 1, 2, 3, 2)] == whole[6:]
+    for i, numbers in enumerate(whole):
+        assert numbers == list(pair_numbers(i // 2, i % 2, 1, 2, 3, 2))
+
+
+def test_loading_leaves_the_random_state_of_training_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(loader(Pairs(dataset_of(columns()), SIZE, seed=0), 0, 1, 0, 1, 2, 1))
+    assert torch.get_rng_state().equal(before)
+
+
+def test_workers_are_spawned_so_that_they_hold_no_locks_and_end_with_their_trainer():
+    batches = loader(Pairs(dataset_of(columns()), SIZE, seed=0), 0, 1, 0, 1, 2, 1, workers=1)
+    assert batches.multiprocessing_context.get_start_method() == "spawn"
+
+
+# --------------------------------------------------------------------------------------------------
+# Augmentation and preprocessing.
+
+
+def test_flip_dropout_and_crop_have_their_rates_and_are_independent():
+    pairs = Pairs(dataset_of(columns()), SIZE, seed=0, crop="random", caption_dropout=0.2)
+    crops, flips, drops = zip(*(pairs.augmentation(n) for n in range(4000)), strict=True)
+    x = np.column_stack([np.array(crops), flips, drops]).astype(float)
+    assert np.abs(x.mean(0) - (0.5, 0.5, 0.5, 0.2)).max() < 0.03
+    assert np.abs(np.corrcoef(x.T) - np.eye(4)).max() < 0.06
+    assert x[:, :2].min() >= 0 and x[:, :2].max() < 1
+    again = [Pairs(pairs.dataset, SIZE, seed=1, crop="random").augmentation(n)[0] for n in range(9)]
+    assert len(set(again) | set(crops)) == 4009  # another seed, other draws
+
+
+def test_augmentation_can_be_turned_off():
+    pairs = Pairs(dataset_of(columns()), SIZE, seed=0, crop="center", flip=False, caption_dropout=0)
+    assert {pairs.augmentation(n) for n in range(200)} == {(None, False, False)}
+    with pytest.raises(ValueError, match="center"):
+        Pairs(pairs.dataset, SIZE, seed=0, crop="centre")
+
+
+def test_winner_and_loser_share_flip_crop_and_caption():
+    table = noisy()
+    table["jpg_1"] = table["jpg_0"]  # the same picture twice: what differs, the augmentation did
+    items = [
+        Pairs(dataset_of(table), SIZE, seed=0, crop="random", caption_dropout=0.5)[n]
+        for n in range(24)
+    ]
+    assert all(item["winner"].equal(item["loser"]) for item in items)
+    assert {item["caption"] == "" for item in items} == {True, False}
+    by_row = {row: [i["winner"] for i in items if i["row"] == row] for row in range(ROWS)}
+    assert sum(not one.equal(two) for one, two in by_row.values()) > ROWS // 2  # and it does differ
+
+
+def test_an_image_of_the_resolution_keeps_its_pixels():
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    for crop_at in (None, (0.9, 0.1)):
+        out = preprocess(Image.fromarray(pixels), SIZE, crop_at, flip=False)
+        assert out.dtype == torch.float32 and out.is_contiguous()
+        assert ((out + 1) * 127.5).round().byte().permute(
+            1, 2, 0
+        ).numpy().tolist() == pixels.tolist()
+    assert preprocess(Image.fromarray(pixels), SIZE, None, flip=True).equal(out.flip(2))
+    assert preprocess(Image.new("RGB", (8, 8)), 8, None, False).eq(-1).all()
+    assert preprocess(Image.new("RGB", (8, 8), "white"), 8, None, False).eq(1).all()
+
+
+@pytest.mark.parametrize("height, width", [(16, 30), (40, 16), (16, 17)])
+def test_crop_takes_the_centre_or_the_place_that_is_asked(height, width):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    expected = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+    top, left = (height - 16) // 2, (width - 16) // 2
+    image = Image.fromarray(pixels)
+    center = preprocess(image, 16, None, False)
+    assert center.equal(expected[:, top : top + 16, left : left + 16])
+    assert preprocess(image, 16, (0.0, 0.0), False).equal(expected[:, :16, :16])
+    assert preprocess(image, 16, (0.9999, 0.9999), False).equal(expected[:, -16:, -16:])
+    down, across = (0.0, 0.9999) if width > 16 else (0.9999, 0.0)
+    assert preprocess(image, 16, (across, down), False).equal(expected[:, -16:, -16:])
+
+
+@pytest.mark.parametrize("size", [(80, 40), (20, 10), (41, 23), (16, 61)])
+def test_resize_keeps_the_aspect_and_the_middle(size):
+    """Left half black, right half white, any size: a centre crop still turns in its middle."""
+    width, height = size
+    turned = width < height
+    pixels = np.zeros((min(size), max(size), 3), dtype=np.uint8)
+    pixels[:, max(size) // 2 :] = 255
+    image = Image.fromarray(pixels.swapaxes(0, 1) if turned else pixels)
+    out = preprocess(image, 16, None, False)
+    out = out.swapaxes(1, 2) if turned else out
+    assert out.shape == (3, 16, 16)
+    assert out[:, :, :5].eq(-1).all() and out[:, :, 11:].eq(1).all()
+    assert out.diff(dim=2).ge(0).all() and out.diff(dim=1).eq(0).all()
+
+
+def test_shrinking_averages_instead_of_skipping_pixels():
+    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    assert preprocess(Image.fromarray(stripes), 16, None, False).abs().max() < 0.1
+
+
+def test_modes_and_orientation_become_upright_rgb():
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 51))
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    for image, color in (
+        (clear, (255, 255, 255)),
+        (half, (204, 204, 204)),
+        (Image.new("LA", (8, 8), (0, 0)), (255, 255, 255)),
+        (Image.new("L", (8, 8), 77), (77, 77, 77)),
+        (palette, (10, 200, 30)),
+    ):
+        out = data.decode(encode(image))
+        assert out.mode == "RGB" and out.getcolors() == [(64, color)]
+    bars = Image.new("RGB", (8, 4))
+    bars.paste((255, 255, 255), (0, 0, 8, 2))  # white above black
+    exif = Image.Exif()
+    exif[0x0112] = 3  # stored upside down
+    upright = np.asarray(data.decode(encode(bars, exif=exif)))
+    assert upright[0, 0, 0] == 0 and upright[3, 0, 0] == 255
+
+
+def test_a_missing_caption_is_the_empty_one():
+    pairs = Pairs(dataset_of(columns(1) | {"caption": [None]}), SIZE, seed=0, caption_dropout=0)
+    assert pairs[0]["caption"] == ""
+
+
+def test_winner_and_loser_may_differ_in_size():
+    table = columns(1)
+    table["jpg_1"] = [solid(0, 0, 255, size=(40, 24))]
+    item = Pairs(dataset_of(table), SIZE, seed=0)[0]
+    assert item["winner"].shape == item["loser"].shape == (3, SIZE, SIZE)
+
+
+# --------------------------------------------------------------------------------------------------
+# Broken images.
+
+
+def bomb():
+    """A PNG that claims 20,000 x 20,000 pixels: PIL refuses it, and by no OSError."""
+    good, header = solid(0, 0, 0), b"IHDR" + struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    return good[:12] + header + struct.pack(">I", zlib.crc32(header)) + good[33:]
+
+
+@pytest.mark.parametrize("kind", ["file", "arrow image"])
+def test_a_broken_image_drops_its_pair_and_all_others_still_match(kind, tmp_path):
+    table = columns(labels=(1.0, 0.0))
+    table["jpg_0"][2] = b"no image"
+    table["jpg_1"][5] = table["jpg_1"][5][:60]  # cut off
+    table["jpg_0"][7] = None
+    table["jpg_1"][8] = b""
+    table["jpg_0"][9] = bomb()
+    pairs = Pairs(read_pairs(source_of(kind, tmp_path, table)), SIZE, seed=0, caption_dropout=0)
+    items = [pairs[n] for n in range(ROWS)]
+    assert {item["row"] for item in items} == set(range(ROWS)) - {2, 5, 7, 8, 9}
+    for n, item in enumerate(items):
+        assert item["n"] == n and item["row"] == pairs.row(n + item["skipped"])
+        assert item["caption"] == f"row {item['row']}"
+        assert levels(item["winner"][None]).tolist() == [[item["row"], 255, 0]]
+        assert levels(item["loser"][None]).tolist() == [[item["row"], 0, 255]]
+    batch = collate(items)
+    assert batch["skipped"] == sum(item["skipped"] for item in items) >= 5
+    assert len(batch["captions"]) == ROWS and len(batch["pixels"]) == 2 * ROWS
+
+
+def test_broken_images_without_end_are_an_error_of_one_sentence_even_in_a_worker():
+    table = {**columns(), "jpg_1": [b"no image"] * ROWS}
+    pairs = Pairs(dataset_of(table), SIZE, seed=0)
+    messages = []
+    for workers in (0, 1):
+        with pytest.raises(DataError) as caught:
+            list(loader(pairs, 0, 1, 0, 1, 1, 1, workers))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    last = pairs.row(99)
+    assert (
+        messages[0].startswith("100 pairs in a row") and f"the last in row {last} " in messages[0]
+    )

@@ -1,0 +1,386 @@
+"""Laws of invert.py, against diffusers, closed forms and float64."""
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler
+
+import invert
+from invert import ddim_invert, ddim_step, grid, implied_noise, predict_x0
+
+torch.set_num_threads(1)
+
+SDXL = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+ABAR = (1 - BETAS).cumprod(0)
+EVERY_T = torch.arange(1000)
+
+
+def gen(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=gen(seed), dtype=dtype)
+
+
+def level(t, batch=2):
+    """abar of a timestep for each image of a batch; -1 stands for the clean image."""
+    return (ABAR[t] if t >= 0 else torch.ones_like(ABAR[0])).expand(batch)
+
+
+def column(abar):
+    return abar.reshape(-1, 1, 1, 1)
+
+
+def noised(x0, noise, t):
+    return column(ABAR[t].sqrt()) * x0 + column((1 - ABAR[t]).sqrt()) * noise
+
+
+def curved(x, t):
+    """A nonlinear model: depends on x, on the neighbouring pixel and on t."""
+    t = column(t) / 1000
+    return torch.tanh(x * (0.5 + t)) + 0.3 * torch.sin(2 * x.roll(1, -1) + 5 * t).to(x)
+
+
+class Always:
+    """A model that always predicts the same noise, and remembers what it was shown."""
+
+    def __init__(self, e):
+        self.e, self.x, self.t = e, [], []
+
+    def __call__(self, x, t):
+        self.x.append(x)
+        self.t.append(t)
+        return self.e
+
+
+# --------------------------------------------------------------------------------------------------
+# Single steps.
+
+MOVES = [(501, 401), (999, 989), (700, 200), (99, -1), (401, 501), (989, 999), (200, 700), (-1, 99)]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("t_from, t_to", MOVES)
+def test_step_equals_diffusers(t_from, t_to, kind):
+    x, out = normal(2, 2, 4, 8, 8)
+    down = t_from > t_to
+    scheduler = (DDIMScheduler if down else DDIMInverseScheduler)(**SDXL, prediction_type=kind)
+    scheduler.set_timesteps(1000 // abs(t_from - t_to))
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), ABAR, rtol=1e-4, atol=0)
+    scheduler.alphas_cumprod = ABAR  # in double precision, as x
+    expected = scheduler.step(out, t_from if down else t_to, x).prev_sample
+
+    a = column(level(t_from))
+    eps = out if kind == "epsilon" else a.sqrt() * out + (1 - a).sqrt() * x
+    actual = ddim_step(x, eps, level(t_from), level(t_to))
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_step_as_the_poster_prints_it_is_no_ddim_step():
+    x, eps = normal(2, 2, 4, 16, 16, dtype=torch.float32)
+    a, b = level(501).float(), level(401).float()
+    scheduler = DDIMScheduler(**SDXL)
+    scheduler.set_timesteps(10)
+    expected = scheduler.step(eps, 501, x).prev_sample
+    sigma_a, sigma_b = ((1 - a) / a).sqrt(), ((1 - b) / b).sqrt()
+    printed = column((b / a).sqrt()) * x + column(sigma_b - sigma_a) * eps
+    assert (ddim_step(x, eps, a, b) - expected).abs().max() < 5e-6
+    assert (printed - expected).abs().max() > 0.3
+
+
+def test_predict_x0_with_the_true_noise_returns_the_true_image():
+    x0, noise = normal(2, 1000, 1, 2, 2)
+    xt = noised(x0, noise, EVERY_T)
+    torch.testing.assert_close(predict_x0(xt, noise, ABAR), x0, rtol=0, atol=1e-12)
+    torch.testing.assert_close(implied_noise(x0, xt, ABAR), noise, rtol=0, atol=1e-12)
+
+
+def test_step_to_the_clean_image_equals_predict_x0():
+    x, eps = normal(2, 1000, 1, 2, 2)
+    clean = torch.ones_like(ABAR)
+    torch.testing.assert_close(ddim_step(x, eps, ABAR, clean), predict_x0(x, eps, ABAR))
+    assert torch.equal(predict_x0(x, eps, clean), x)
+
+
+def test_step_to_itself_is_the_identity():
+    x, eps = normal(2, 1000, 1, 2, 2)
+    assert torch.equal(ddim_step(x, eps, ABAR, ABAR), x)
+
+
+def test_step_there_and_back_with_the_same_noise_is_the_identity():
+    x, eps = normal(2, 1000, 1, 2, 2)
+    there = ddim_step(x, eps, ABAR, ABAR.flip(0))
+    torch.testing.assert_close(ddim_step(there, eps, ABAR.flip(0), ABAR), x, rtol=0, atol=1e-10)
+
+
+# --------------------------------------------------------------------------------------------------
+# Accuracy: data x0 ~ N(mu, s^2), whose best eps and whose path are known exactly:
+# eps(x, t) = sqrt(1-abar) (x - sqrt(abar) mu) / (abar s^2 + 1 - abar), and xbar - mu grows like
+# sqrt(s^2 + sigma^2). The table has sigma ~ t^2 in 20,000 timesteps from sigma_0 = 1e-5, so that
+# showing the clean image as timestep 0 costs nothing and an even grid in t is smooth in sigma.
+
+MU, S = 0.3, 0.5
+SIGMA_FINE = 10 * torch.linspace(1e-3, 1, 20_000, dtype=torch.float64) ** 2
+FINE = 1 / (1 + SIGMA_FINE**2)
+X0 = torch.tensor([-1.0, -0.2, 0.7, 1.4], dtype=torch.float64).reshape(4, 1, 1, 1)
+
+
+def gaussian(x, t):
+    abar = column(FINE[t])
+    return (1 - abar).sqrt() * (x - abar.sqrt() * MU) / (abar * S**2 + 1 - abar)
+
+
+def invert_gaussian(t, steps):
+    return ddim_invert(gaussian, X0, torch.full((4,), t), FINE, steps, eta=0)[0]
+
+
+def assert_first_order(error_of):
+    steps = torch.tensor([20, 40, 80, 160, 320])
+    logs = torch.stack([error_of(int(n)).abs().max() for n in steps]).log2()
+    halvings = logs[:-1] - logs[1:]  # each is the order, once the steps are fine enough
+    assert 0.8 < halvings.min() and halvings.max() < 1.3, halvings
+    assert logs[-1].exp2() < 0.05
+
+
+@pytest.mark.parametrize("t", [7_777, 19_999])
+def test_inversion_converges_to_the_exact_path_at_first_order(t):
+    abar, sigma = FINE[t], SIGMA_FINE[t]
+    exact = abar.sqrt() * (MU + (X0 - MU) * (S**2 + sigma**2).sqrt() / S)
+    assert_first_order(lambda steps: invert_gaussian(t, steps) - exact)
+
+
+@pytest.mark.parametrize("t", [7_777, 19_999])
+def test_sampling_undoes_inversion_at_first_order(t):
+    def round_trip_error(steps):
+        x = invert_gaussian(t, steps)
+        width = 20_000 // steps
+        path = [t, *[s for s in range(20_000 - 1, 0, -width) if s < t]]
+        for s, s_next in zip(path, path[1:] + [None], strict=True):
+            abar_next = torch.ones(4).double() if s_next is None else FINE[s_next].expand(4)
+            x = ddim_step(x, gaussian(x, torch.full((4,), s)), FINE[s].expand(4), abar_next)
+        return x - X0
+
+    assert_first_order(round_trip_error)
+
+
+# --------------------------------------------------------------------------------------------------
+# The path.
+
+
+@pytest.mark.parametrize("steps", [1, 7, 10, 1000])
+def test_inversion_lands_on_every_t_by_the_edges_of_the_cells(steps):
+    edges = [(k * 1000) // steps - 1 for k in range(1, steps + 1)]
+    x0, e = normal(2, 1000, 1, 1, 1)
+    model = Always(e)
+    xt, _ = ddim_invert(model, x0, EVERY_T, ABAR, steps, eta=0)
+
+    assert grid(steps, 1000).tolist() == edges
+    assert len(model.t) == steps
+    for shown, s in zip(model.t, [0, *edges], strict=False):
+        assert torch.equal(shown, EVERY_T.clamp(max=s))
+    assert torch.equal(model.x[0], x0)
+    torch.testing.assert_close(xt, noised(x0, e, EVERY_T))
+    for shown, x in zip(model.t[1:], model.x[1:], strict=True):
+        torch.testing.assert_close(x, noised(x0, e, shown))
+
+
+def test_a_t_in_cell_k_costs_k_plus_1_calls_and_no_move_of_length_zero():
+    for t in range(1000):
+        model = Always(torch.zeros(1, 1, 1, 1))
+        ddim_invert(model, model.e, torch.tensor([t]), ABAR, eta=0)
+        assert len(model.t) == t // 100 + 1
+        path = [-1, *[int(s) for s in model.t[1:]], t]  # -1: the clean image, shown as timestep 0
+        assert path == sorted(set(path)) and model.t[0] == 0
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 1001])
+def test_steps_out_of_range_raise(steps):
+    with pytest.raises(ValueError, match="1 to 1000 steps"):
+        ddim_invert(curved, torch.zeros(1, 1, 1, 1), torch.tensor([5]), ABAR, steps)
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches and randomness.
+
+MIXED_T = torch.tensor([0, 57, 99, 100, 450, 823, 999])
+
+
+@pytest.mark.parametrize("eta", [0, 0.5])
+def test_batch_equals_one_by_one(eta):
+    x0 = normal(7, 3, 4, 4)
+    batch = ddim_invert(curved, x0, MIXED_T, ABAR, 10, eta, [gen(i) for i in range(7)])
+    for i in range(7):
+        alone = ddim_invert(curved, x0[i : i + 1], MIXED_T[i : i + 1], ABAR, 10, eta, gen(i))
+        for image, expected in zip(batch, alone, strict=True):
+            torch.testing.assert_close(image[i : i + 1], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("eta", [0, 0.5])
+@pytest.mark.parametrize("count", [0, 1, 6, 8])
+def test_a_list_without_one_generator_per_image_raises(count, eta):
+    with pytest.raises(ValueError, match=f"7 images need as many generators; got {count}"):
+        generators = [gen(i) for i in range(count)]
+        ddim_invert(curved, normal(7, 3, 4, 4), MIXED_T, ABAR, 10, eta, generators)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_generator_makes_it_reproducible_and_leaves_the_global_state_alone(listed):
+    def run(seed):
+        generator = [gen(seed + i) for i in range(7)] if listed else gen(seed)
+        return ddim_invert(curved, normal(7, 3, 4, 4), MIXED_T, ABAR, 10, 0.5, generator)[0]
+
+    before = torch.get_rng_state()
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_cpu_generator_serves_images_on_another_device(listed):
+    def draw(device):
+        generator = gen(3)
+        x0 = torch.zeros(7, 3, 4, 4, device=device)
+        t = MIXED_T.to(device if device == "cuda" else "cpu")  # "meta" tensors hold no numbers
+        xt, _ = ddim_invert(
+            lambda x, t: x, x0, t, ABAR, 10, 0.5, [generator] * 7 if listed else generator
+        )
+        assert xt.device.type == device
+        return generator.get_state()  # tells which numbers were taken from it
+
+    elsewhere = "cuda" if torch.cuda.is_available() else "meta"
+    assert torch.equal(draw("cpu"), draw(elsewhere))
+
+
+@pytest.mark.parametrize("t", [199, 350])
+def test_injected_noise_has_the_stated_variance(t):
+    x0, e = normal(2, 1, 1, 512, 512)
+    (pure, _), (noisy, _) = (
+        ddim_invert(Always(e), x0, torch.tensor([t]), ABAR, 10, eta, gen(1)) for eta in (0, 0.5)
+    )
+    scheduler = DDIMScheduler(**SDXL)
+    scheduler.alphas_cumprod = ABAR
+    path = [s for s in (99, 199, 299) if s < t] + [t]
+    var = sum(  # in units of xbar variances add; the first move, from the clean image, has none
+        scheduler._get_variance(hi, lo) / ABAR[hi]
+        for lo, hi in zip(path[:-1], path[1:], strict=True)
+    )
+    n = (noisy - pure) / (0.5 * (ABAR[t] * var).sqrt())
+    assert abs(n.mean()) < 5 / 512 and abs(n.std() - 1) < 5 / 512 / 2**0.5  # five standard errors
+    assert abs((n * e).mean()) < 5 / 512 and abs((n**4).mean() - 3) < 5 * 96**0.5 / 512
+
+
+def test_first_move_from_the_clean_image_injects_nothing():
+    x0, t = normal(100, 1, 2, 2), torch.arange(100)
+    pure, noisy = (ddim_invert(curved, x0, t, ABAR, 10, eta, gen(1)) for eta in (0, 1))
+    assert torch.equal(pure[0], noisy[0]) and torch.equal(pure[1], noisy[1])
+
+
+# --------------------------------------------------------------------------------------------------
+# tau, precision and gradients.
+
+
+@pytest.mark.parametrize("eta", [0, 0.5])
+def test_accumulated_tau_equals_implied_noise(eta):
+    x0 = normal(1000, 1, 2, 2)
+    xt, tau = ddim_invert(curved, x0, EVERY_T, ABAR, 10, eta, gen(1))
+    torch.testing.assert_close(implied_noise(x0, xt, ABAR), tau, rtol=0, atol=1e-12)
+
+    late = EVERY_T[200:]
+    xt, tau = ddim_invert(curved, x0[late].float(), late, ABAR.float(), 10, eta, gen(1))
+    recovered = implied_noise(x0[late].float(), xt, ABAR[late].float())
+    torch.testing.assert_close(recovered, tau, rtol=0, atol=1e-5)
+
+
+def test_constant_noise_without_injection_is_tau_and_recovery_loses_digits_at_small_t():
+    x0, e = normal(2, 1000, 1, 4, 4, dtype=torch.float32)
+    xt, tau = ddim_invert(Always(e), x0, EVERY_T, ABAR.float(), eta=0)
+    torch.testing.assert_close(tau, e, rtol=1e-6, atol=1e-7)
+
+    early = slice(0, 20)
+    recovered = implied_noise(x0[early], xt[early], ABAR.float()[early])
+    lost, kept = (recovered - e[early]).abs().max(), (tau - e)[early].abs().max()
+    assert kept < 0.1 * lost, (kept, lost)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_in_gives_fp32_out(dtype):
+    seen = []
+
+    def half_model(x, t):
+        seen.append(x.dtype)
+        return curved(x, t).to(dtype)
+
+    x0, abar = normal(7, 3, 4, 4).to(dtype), ABAR.float()
+    half = ddim_invert(half_model, x0, MIXED_T, abar, 10, 0.5, gen(1))
+    full = ddim_invert(half_model, x0.float(), MIXED_T, abar, 10, 0.5, gen(1))
+    assert set(seen) == {torch.float32}
+    for a, b in zip(half, full, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
+def test_no_gradient_flows():
+    model = torch.nn.Conv2d(3, 3, 3, padding=1)
+    x0 = normal(2, 3, 4, 4, dtype=torch.float32).requires_grad_()
+    xt, tau = ddim_invert(lambda x, t: model(x), x0, MIXED_T[-2:], ABAR.float())
+    assert not xt.requires_grad and not tau.requires_grad
+    assert torch.is_grad_enabled() and all(p.grad is None for p in model.parameters())
+
+
+# --------------------------------------------------------------------------------------------------
+# The two files stand alone.
+
+HERE = Path(invert.__file__).parent
+ALONE = """
+import copy, sys
+
+class Refuse:  # everything this repository uses, apart from torch
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"accelerate", "datasets", "deepspeed", "diffusers", "peft", "PIL",
+                                  "safetensors", "transformers", "data", "model", "toy"}:
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Refuse())
+sys.path.insert(0, sys.argv[1])
+import torch
+from invert import ddim_invert
+from loss import inpo_loss, squared_error
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+policy = torch.nn.Conv2d(3, 3, 3, padding=1)
+reference = copy.deepcopy(policy)
+abar = torch.linspace(0.999, 0.005, 1000)
+x0, t = torch.randn(4, 3, 8, 8), torch.tensor([20, 730]).repeat(2)
+xt, tau = ddim_invert(lambda x, t: policy(x), x0, t, abar)
+with torch.no_grad():
+    err_ref = squared_error(reference(xt), tau)
+optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
+losses = []
+for _ in range(2):
+    loss = inpo_loss(squared_error(policy(xt), tau), err_ref, 10.0)[0].mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+assert abs(losses[0] - 0.6931472) < 1e-6 and losses[1] < losses[0], losses
+"""
+
+
+def test_copied_alone(tmp_path):
+    for name in ("invert.py", "loss.py"):
+        source = Path(shutil.copy(HERE / name, tmp_path)).read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                modules = [getattr(node, "module", None) or alias.name for alias in node.names]
+                tops = {module.split(".")[0] for module in modules}
+                assert tops <= {"torch", *sys.stdlib_module_names}, tops
+    command = [sys.executable, "-I", "-c", ALONE, str(tmp_path)]
+    child = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr

@@ -1,0 +1,285 @@
+"""The embedded default: captioned shapes and the hidden preference between pictures of them.
+
+    python toy.py pairs --out out/toy/pairs --n 2048     # preference pairs, Pick-a-Pic v2 columns
+    python toy.py samples --model assets/tiny-sdxl       # a picture: what the model draws
+
+A picture shows one shape on a plain background, as its caption says. Its *quality*, how saturated
+and how sharp it is, is drawn independently of the caption and never mentioned there. The hidden
+preference is that quality, so the right answer of every comparison is known exactly; faithfulness,
+whether the shape and the colour are those of the caption, is a second exact function of the
+picture, and alignment must not harm it."""
+
+import argparse
+import io
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+# -------------------------------------------------------------------------------------------------
+# Prompts: 6 colours x 4 shapes x 3 backgrounds = 72, of which every fourth is kept from alignment.
+
+SIZE = 64  # pixels
+HUES = {
+    "red": 0.0,
+    "yellow": 60.0,
+    "green": 120.0,
+    "cyan": 180.0,
+    "blue": 240.0,
+    "magenta": 300.0,
+}  # degrees
+SHAPES = ("circle", "square", "triangle", "cross")
+BACKGROUNDS = {"black": 0.08, "gray": 0.45, "white": 0.95}  # grey level, 0..1
+VALUE = 0.85  # HSV value of every shape
+SATURATION = (0.3, 1.0)  # range that pictures are drawn from
+BLUR = (0.0, 2.5)  # Gaussian radius in pixels, likewise
+
+
+def caption_of(color: str, shape: str, background: str) -> str:
+    return f"a {color} {shape} on a {background} background"
+
+
+def parse_caption(caption: str) -> tuple[str, str, str]:
+    """(color, shape, background) of a toy caption; ValueError for any other text."""
+    words = caption.split()
+    if len(words) == 7:
+        color, shape, background = words[1], words[2], words[5]
+        if color in HUES and shape in SHAPES and background in BACKGROUNDS:
+            return color, shape, background
+    raise ValueError(
+        f"'{caption}' is not a toy caption, such as '{caption_of('red', 'circle', 'white')}'."
+    )
+
+
+def prompts(split: str = "all") -> list[str]:
+    """The captions of a split: 54 of "train", 18 of "heldout" (each colour and shape in both), 72
+    of "all"."""
+    every = [
+        (caption_of(color, shape, background), (i + j + k) % 4 == 0)
+        for i, color in enumerate(HUES)
+        for j, shape in enumerate(SHAPES)
+        for k, background in enumerate(BACKGROUNDS)
+    ]
+    return [caption for caption, held in every if split == "all" or held == (split == "heldout")]
+
+
+# -------------------------------------------------------------------------------------------------
+# Drawing: the caption fixes colour, shape and background; everything else comes from `rng`.
+
+
+def outline(shape: str, cx: float, cy: float, r: float) -> list[tuple[float, float]]:
+    """Corners of a shape of half-width r around (cx, cy); a circle is given as a polygon of 72
+    corners."""
+    if shape == "circle":
+        turns = np.linspace(0, 2 * math.pi, 72, endpoint=False)
+        unit = [(math.cos(a), math.sin(a)) for a in turns]
+    elif shape == "square":
+        unit = [(-1, -1), (1, -1), (1, 1), (-1, 1)]
+    elif shape == "triangle":
+        unit = [(0, -1), (1, 1), (-1, 1)]
+    else:  # cross
+        a = 0.36
+        unit = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a)]
+        unit += [(a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
+    return [(cx + r * x, cy + r * y) for x, y in unit]
+
+
+def hsv_to_rgb(hue: float, saturation: float, value: float) -> np.ndarray:
+    """RGB in 0..1 of a hue in degrees, saturation and value in 0..1."""
+    ramp = np.clip(np.abs((hue / 60 + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1, 0, 1)
+    return value * (1 - saturation * (1 - ramp))
+
+
+def draw(
+    caption: str, rng: np.random.Generator, saturation: float = None, blur: float = None
+) -> Image.Image:
+    """A 64 x 64 RGB picture of the caption; place, size and (unless given) quality are drawn from
+    rng."""
+    color, shape, background = parse_caption(caption)
+    r = rng.uniform(13, 21)
+    cx, cy = rng.uniform(r + 5, SIZE - r - 5, size=2)
+    drawn = rng.uniform(*SATURATION), rng.uniform(*BLUR)
+    saturation = drawn[0] if saturation is None else saturation
+    blur = drawn[1] if blur is None else blur
+    scale = 4  # supersampled, so that only `blur` decides how soft an edge is
+    mask = Image.new("L", (SIZE * scale, SIZE * scale))
+    ImageDraw.Draw(mask).polygon(
+        [(x * scale, y * scale) for x, y in outline(shape, cx, cy, r)], fill=255
+    )
+    mask = mask.resize((SIZE, SIZE), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(blur))
+    alpha = np.asarray(mask, dtype=np.float64)[..., None] / 255
+    pixels = (
+        alpha * hsv_to_rgb(HUES[color], saturation, VALUE) + (1 - alpha) * BACKGROUNDS[background]
+    )
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+# -------------------------------------------------------------------------------------------------
+# Measuring: both the preference and the faithfulness are functions of the pixels alone.
+
+
+def contrast(image: Image.Image) -> np.ndarray:
+    """How far each pixel is from the background, (H, W), 1 = as far as the shape's own colour.
+
+    The background is the median of the border. The distance is the largest difference of a channel,
+    divided by the mean over the 5 % of pixels that are farthest."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+    border = np.concatenate(
+        [pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)]
+    )
+    border = np.concatenate([border, pixels[:, -2:].reshape(-1, 3)])
+    distance = np.abs(pixels - np.median(border, axis=0)).max(axis=-1)
+    top = np.sort(distance.ravel())[-distance.size // 20 :].mean()
+    return distance / max(top, 1e-3)
+
+
+def quality(image: Image.Image) -> dict[str, float]:
+    """The two hidden factors, each in 0..1.
+
+    saturation: mean HSV saturation inside the shape. sharpness: 1 - s / 2.5 px, where s is the
+    radius of the Gaussian that would blur a hard edge to this one. For such an edge the contrast c
+    has sum |grad c|^2 / sum |grad c| = 1 / (2 sqrt(pi) s), however long the edge is."""
+    c = np.clip(contrast(image), 0, 1)
+    rgb = np.asarray(image.convert("RGB"), dtype=np.float64)[c > 0.9] / 255
+    chroma = (rgb.max(-1) - rgb.min(-1)) / np.maximum(rgb.max(-1), 1e-3)
+    grad = np.hypot(np.diff(c, axis=0)[:, :-1], np.diff(c, axis=1)[:-1])
+    blur = grad.sum() / (2 * math.sqrt(math.pi) * (grad**2).sum()) if grad.any() else BLUR[1]
+    return {
+        "saturation": float(chroma.mean()) if len(rgb) else 0.0,
+        "sharpness": float(np.clip(1 - blur / BLUR[1], 0, 1)),
+    }
+
+
+def preference(image: Image.Image, caption: str = "") -> float:
+    """The hidden preference in 0..1: the mean of saturation and sharpness. The caption plays no
+    part."""
+    return sum(quality(image).values()) / 2
+
+
+def silhouette(mask: np.ndarray) -> np.ndarray:
+    """A mask cut to its bounding box and resized to 32 x 32 booleans, so that place and size do not
+    count."""
+    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = Image.fromarray(
+        mask[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1].astype(np.uint8) * 255
+    )
+    return np.asarray(box.resize((32, 32), Image.Resampling.BILINEAR)) > 127
+
+
+def recognize(image: Image.Image) -> tuple[str, str]:
+    """(color, shape) seen in an image, or ("none", "none") where nothing stands out from the
+    background.
+
+    Colour: the nearest hue to the mean chroma inside the shape. Shape: the template whose
+    silhouette overlaps most (intersection over union); below 0.6 it is "none"."""
+    c = contrast(image)
+    mask = c > 0.5
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+    if not 40 <= mask.sum() <= 0.6 * mask.size:
+        return "none", "none"
+    r, g, b = pixels[c > 0.9].mean(axis=0)
+    hue = math.degrees(math.atan2(math.sqrt(3) * (g - b), 2 * r - g - b)) % 360
+    color = min(HUES, key=lambda name: abs((hue - HUES[name] + 180) % 360 - 180))
+    seen, best, shape = silhouette(mask), 0.6, "none"
+    for name in SHAPES:
+        canvas = Image.new("L", (128, 128))
+        ImageDraw.Draw(canvas).polygon(outline(name, 64, 64, 60), fill=255)
+        template = silhouette(np.asarray(canvas) > 127)
+        overlap = (seen & template).sum() / (seen | template).sum()
+        if overlap > best:
+            best, shape = overlap, name
+    return color, shape
+
+
+def faithfulness(image: Image.Image, caption: str) -> float:
+    """1.0 where both the colour and the shape are those of the caption, else 0.0."""
+    return float(recognize(image) == parse_caption(caption)[:2])
+
+
+# -------------------------------------------------------------------------------------------------
+# Preference pairs, in the columns of Pick-a-Pic v2.
+
+
+def write_pairs(
+    folder: str | Path, n: int, seed: int = 0, split: str = "train", tie: float = 0.02
+) -> Path:
+    """Write n pairs to folder/pairs.parquet: two drawings of one caption, judged by the hidden
+    preference.
+
+    jpg_0, jpg_1: encoded bytes (PNG, so that JPEG does not blur what is judged). label_0: 1.0 where
+    image 0 is preferred, 0.0 where image 1 is, 0.5 where the scores differ by less than `tie`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng, captions = np.random.default_rng([seed, 1]), prompts(split)
+    columns = {"jpg_0": [], "jpg_1": [], "label_0": [], "caption": []}
+    for _ in range(n):
+        caption = captions[rng.integers(len(captions))]
+        pair = [draw(caption, rng) for _ in range(2)]
+        gap = preference(pair[0]) - preference(pair[1])
+        columns["label_0"].append(0.5 if abs(gap) < tie else float(gap > 0))
+        columns["caption"].append(caption)
+        for i, image in enumerate(pair):
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            columns[f"jpg_{i}"].append(buffer.getvalue())
+    path = Path(folder) / "pairs.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def write_pairs_once(folder: str | Path, n: int, seed: int = 0) -> Path:
+    """write_pairs, unless they are there. Ranks may race: each writes its own file, and the rename
+    is atomic."""
+    path = Path(folder) / f"{n}-pairs-seed-{seed}.parquet"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            write_pairs(scratch, n, seed).rename(path)
+    return path
+
+
+# -------------------------------------------------------------------------------------------------
+# Command line.
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    pairs = commands.add_parser("pairs", help="write preference pairs as a parquet file")
+    pairs.add_argument("--out", default="out/toy", help="folder (default: out/toy)")
+    pairs.add_argument("--n", type=int, default=2048, help="pairs, with ties (default: 2048)")
+    pairs.add_argument("--seed", type=int, default=0, help="default: 0")
+    samples = commands.add_parser("samples", help="draw every caption once and save the picture")
+    samples.add_argument("--model", default="tiny", help="pipeline (default: tiny)")
+    samples.add_argument("--out", default="out/samples.png", help="default: out/samples.png")
+    samples.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    args = parser.parse_args()
+    if args.command == "pairs":
+        print(f"Wrote {write_pairs(args.out, args.n, args.seed)}.")
+    else:
+        draw_samples(args.model, args.out, args.seed)
+
+
+def draw_samples(name: str, out: str, seed: int):
+    import figures
+    import model
+
+    captions = prompts()
+    seeds = list(range(seed, seed + len(captions)))
+    pipeline = model.load_pipeline(name)
+    images = model.sample(pipeline, captions, seeds, 25, 2.0, progress="samples")
+    right = np.mean([faithfulness(i, c) for i, c in zip(images, captions, strict=True)])
+    rows = [images[i : i + 12] for i in range(0, len(images), 12)]
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figures.grid(rows, list(HUES)).save(out)
+    print(f"Wrote {out}; {right:.1%} show the colour and the shape of their caption.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Align SDXL or SD1.5 with pairs of pictures that people judged, by DDIM-InPO.
+
+    deepspeed train_inpo.py --model sdxl                      # every GPU of a node, paper's recipe
+    deepspeed --hostfile hosts train_inpo.py --model sdxl     # many nodes
+    deepspeed train_inpo.py --model tiny                      # a laptop without a GPU, minutes
+    python train_inpo.py --model sdxl --dry-run               # the plan and every check, no more
+
+The same command again resumes. The method is InPO (Lu et al., CVPR 2025, arXiv 2503.18454); Steps 1
+and 2 are in invert.py, Step 3 in loss.py. Where the job departs from the released script, and why:
+
+1. All pairs of a micro-step, on all ranks, have a timestep in the same cell of the inversion's
+   grid, so that all take the same number of UNet calls. Cells are visited in random permutations:
+   the marginal of t stays uniform.
+2. What is random of a pair (crop, flip, dropout, t, noise) is a function of the seed and the pair's
+   number in the run: it does not depend on the number of ranks, and a run resumes by index.
+3. AdamW for SDXL too. Under ZeRO, Adafactor would see flat partitions: another algorithm than the
+   published one.
+4. Warm-up counts optimizer steps, whatever the number of processes, and its first step moves.
+5. Errors, logits and the inversion's state are fp32, and so is the accumulation of gradients.
+"""
+
+import copy
+import shlex
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
+
+import data
+import model
+import plan
+import run
+from invert import ddim_invert
+from loss import inpo_loss, squared_error
+
+# -------------------------------------------------------------------------------------------------
+# Randomness as a function of (seed, place in the run).
+
+STRATUM, TIME, NOISE = 101, 102, 103  # keep the random streams of one seed apart
+
+
+def stratum(seed: int, micro_step: int, cells: int) -> int:
+    """The cell of the grid that all pairs of a micro-step share, on every rank.
+
+    Each cycle of `cells` micro-steps visits every cell once, in a random order."""
+    cycle, place = divmod(micro_step, cells)
+    return int(np.random.default_rng([seed, STRATUM, cycle]).permutation(cells)[place])
+
+
+def draw_timesteps(seed: int, cell: int, numbers, cells: int, timesteps: int) -> torch.Tensor:
+    """t uniform in a cell of 0..timesteps-1, (P,) int64, for the pairs of these numbers (P)."""
+    width = timesteps // cells
+    drawn = [np.random.default_rng([seed, TIME, int(n)]).integers(width) for n in numbers]
+    return cell * width + torch.tensor(drawn, dtype=torch.int64)
+
+
+def generators(seed: int, numbers) -> list[torch.Generator]:
+    """One per image, winners first; on the CPU, so that every device draws the same."""
+    streams = [
+        np.random.default_rng([seed, NOISE, side, int(n)]) for side in (0, 1) for n in numbers
+    ]
+    return [torch.Generator().manual_seed(int(stream.integers(2**63))) for stream in streams]
+
+
+# -------------------------------------------------------------------------------------------------
+# The job.
+
+
+def train(args: Namespace, todo: plan.Plan):
+    pipeline = model.load_pipeline(args.model, args.unet, args.vae, todo.dtype)
+    engine, reference = start_engine(pipeline.unet, args, todo.ds_config)
+    pipeline.register_modules(unet=engine.module)
+    pipeline.to(engine.device)
+    abar = model.alphas_cumprod(pipeline).to(engine.device)
+    predicts = pipeline.scheduler.config.prediction_type
+
+    job = run.Run(args.out, plan.asked(args), args.steps)
+    start = job.resume(engine)
+    pairs = data.Pairs(
+        todo.pairs, todo.resolution, args.seed, args.crop, args.flip, args.caption_dropout
+    )
+    batches = iter(
+        data.loader(
+            pairs, start, args.steps, dist.get_rank(), todo.world, args.micro_batch,
+            todo.accumulation, args.workers,
+        )
+    )  # fmt: skip
+    prompts = sample_prompts(args)
+    if start == 0 and args.sample_every:
+        job.sample(pipeline, 0, prompts, args.guidance)
+
+    for step in range(start, args.steps):
+        stats = []
+        for micro in range(todo.accumulation):
+            # 1. Draw pairs; winner and loser share the prompt and the timestep.
+            batch = next(batches)
+            noise = generators(args.seed, batch["n"])
+            x0 = model.encode_images(pipeline, batch["pixels"], noise)
+            cond = model.encode_prompts(pipeline, batch["captions"], todo.resolution)
+            cond = model.repeat(cond, 2)
+            cell = stratum(args.seed, step * todo.accumulation + micro, args.inversion_steps)
+            t = draw_timesteps(args.seed, cell, batch["n"], args.inversion_steps, todo.timesteps)
+            t = t.repeat(2).to(engine.device)
+
+            # 2. Invert x0 -> xt with the policy; tau is the noise that explains xt.
+            def policy(x, t, cond=cond):
+                return model.predict_noise(engine, x, t, cond, abar, predicts)
+
+            xt, tau = ddim_invert(policy, x0, t, abar, args.inversion_steps, args.eta, noise)
+
+            # 3. Score that noise under reference and policy.
+            with torch.no_grad():
+                eps_ref = model.predict_noise(reference, xt, t, cond, abar, predicts)
+            err_ref, err = squared_error(eps_ref, tau), squared_error(policy(xt, t), tau)
+
+            # 4. Prefer the winner by more than the reference does.
+            losses, diagnostics = inpo_loss(err, err_ref, args.beta)
+
+            # 5. Backward; the engine steps at the accumulation boundary.
+            engine.backward(losses.mean())
+            engine.step()
+            stats.append({"loss": losses.detach().mean(), **diagnostics})
+
+        job.log(engine, step, stats, args.batch)
+        if due(step + 1, args.sample_every, args.steps):
+            job.sample(pipeline, step + 1, prompts, args.guidance)
+        if due(step + 1, args.checkpoint_every, args.steps):
+            job.save(engine, step + 1)
+
+    job.finish(engine, pipeline, card(args, todo))
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done `every` steps (0: never) and after the last one is to be done now."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def start_engine(unet: torch.nn.Module, args: Namespace, ds_config: dict):
+    """(policy in a DeepSpeed engine, frozen reference); under ZeRO-3 the reference is sharded too,
+    otherwise it is a plain module."""
+    reference = copy.deepcopy(unet)
+    unet.requires_grad_(True)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    engine, *_ = deepspeed.initialize(
+        model=unet,
+        model_parameters=list(unet.parameters()),
+        config=ds_config,
+        lr_scheduler=lambda optimizer: LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / max(1, args.warmup))
+        ),
+    )
+    if engine.zero_optimization_stage() == 3:
+        frozen = {k: v for k, v in ds_config.items() if k not in ("optimizer", "tensorboard")}
+        reference, *_ = deepspeed.initialize(model=reference, config=frozen)
+    return engine, reference.to(engine.device)
+
+
+# -------------------------------------------------------------------------------------------------
+# Around the job.
+
+PROMPTS = (
+    "a photo of an old fisherman mending a net, golden hour",
+    "a watercolor of a fox in a snowy forest",
+    "an astronaut riding a horse on the moon, cinematic",
+    "a bowl of ramen with steam rising, studio light",
+)
+
+
+def sample_prompts(args: Namespace) -> list[str]:
+    if args.sample_prompts:
+        lines = Path(args.sample_prompts).read_text().splitlines()
+        return [line.strip() for line in lines if line.strip()]
+    if args.data == "toy":
+        import toy
+
+        return toy.prompts("heldout")[::3]
+    return list(PROMPTS)
+
+
+def card(args: Namespace, todo: plan.Plan) -> dict:
+    """What the model card says of this run."""
+    import diffusers
+
+    recipe = {key: value for key, value in plan.asked(args).items() if key != "ds_config"}
+    argv = [word for word in sys.argv if not word.startswith("--local_rank")]
+    return {
+        "title": f"{Path(args.model).name}-inpo",
+        "base_model": "tiny-sdxl"
+        if args.model == "tiny"
+        else model.PRESETS.get(args.model, args.model),
+        "data": args.data,
+        "pairs": len(todo.pairs),
+        "command": f"deepspeed {shlex.join(argv)}",
+        "recipe": {key.replace("_", "-"): value for key, value in recipe.items()},
+        "versions": f"torch {torch.__version__}, deepspeed {deepspeed.__version__}, "
+        f"diffusers {diffusers.__version__}, {todo.world} rank(s)",
+    }
+
+
+def main(argv: list[str] | None = None):
+    try:
+        args = plan.parse(__doc__, argv)
+        run.join_ranks()
+        todo = plan.check(args)
+    except (run.RunError, model.ModelError, data.DataError) as error:
+        run.print0(f"train_inpo.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    run.print0(plan.describe(args, todo))
+    if args.dry_run:
+        return
+    if run.finished(args.out, args.steps):
+        run.print0(
+            f"{args.out} has finished its {args.steps} steps; more --steps would continue it."
+        )
+        return
+    model.quiet()
+    train(args, todo)
+
+
+if __name__ == "__main__":
+    main()
