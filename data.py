@@ -281,8 +281,8 @@ def loader(
     Batch i is micro-step i mod accumulation of step start_step + i div accumulation."""
     shard = (rank, world, micro_batch, accumulation)
     places = [(step, micro) for step in range(start_step, steps) for micro in range(accumulation)]
-    # Workers are spawned. Forked ones copy locks that threads of gloo or NCCL hold (torch calls both
-    # not fork safe); those of a forkserver do not notice when their trainer is killed, and stay.
+    # Workers are spawned. Forked ones copy locks that threads of gloo or NCCL hold (torch calls
+    # both not fork safe); those of a forkserver do not notice when their trainer is killed, and stay.
     return torch.utils.data.DataLoader(
         pairs,
         batch_sampler=[pair_numbers(*place, *shard) for place in places],

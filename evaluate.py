@@ -31,6 +31,7 @@ from tqdm import tqdm
 import figures
 import model
 import toy
+from run import HelpFormatter
 
 # --------------------------------------------------------------------------------------------------
 # Scorers: a number for an image and its prompt, higher is better.
@@ -202,7 +203,7 @@ def name_and_path(text: str) -> tuple[str, str]:
 
 
 def default_guidance(path: str) -> float:
-    """7.5 for SD1.5, 5 for SDXL (design.md, section 7), 2 for a tiny SDXL: latents up to 32 px."""
+    """The papers' 7.5 for SD1.5 and 5 for SDXL; 2 for a tiny SDXL, latents up to 32 px."""
     if model.architecture(path) == "sd15":
         return 7.5
     return 2.0 if model.read_config(path, "unet")["sample_size"] <= 32 else 5.0
@@ -256,13 +257,10 @@ def check(args: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
     return models, prompts
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser("evaluate.py", description=__doc__, formatter_class=Formatter)
+    parser = argparse.ArgumentParser(
+        "evaluate.py", description=__doc__, formatter_class=HelpFormatter
+    )
     group = parser.add_argument_group("what is judged").add_argument
     models_help = (
         "two or more, the baseline first: folders of pipelines, hub ids, or tiny, sdxl, sd15"

@@ -281,7 +281,7 @@ def save_pipeline(pipeline: DiffusionPipeline, unet_weights: dict[str, Tensor], 
 
 
 def quiet():
-    """Only errors of the libraries, and no bars for loading: many ranks' notes hide what matters."""
+    """Only errors of the libraries, and no loading bars: many ranks' notes hide what matters."""
     import transformers
     from diffusers.utils import logging
 

@@ -63,13 +63,6 @@ def recipe_table() -> str:
 # Flags.
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Description and epilog as they are written, and each option's default behind its help."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; their defaults are the recipe of --model. Raises ModelError for an unknown one."""
     first = argparse.ArgumentParser(add_help=False)
@@ -77,7 +70,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     name = first.parse_known_args(argv)[0].model
 
     parser = argparse.ArgumentParser(
-        description=description, epilog=recipe_table(), formatter_class=HelpFormatter
+        description=description, epilog=recipe_table(), formatter_class=run.HelpFormatter
     )
     switch = argparse.BooleanOptionalAction
 

@@ -1,9 +1,9 @@
 """Pretrain the embedded model: SDXL's architecture in small, on the captioned shapes of toy.py.
 
-    python pretrain.py --out assets/tiny-sdxl        # VAE, text encoders, UNet; under an hour on two cores
+    python pretrain.py --out assets/tiny-sdxl        # under an hour on two cores
 
-Two text encoders, pooled text, time ids, KL-VAE and cross-attention UNet, so that everything written for
-SDXL runs on it; only the weights are few."""
+Two text encoders, pooled text, time ids, KL-VAE and cross-attention UNet, so that everything that
+is written for SDXL runs on it; only the weights are few."""
 
 import argparse
 import json
@@ -119,7 +119,7 @@ def train_vae(vae, images, steps: int, batch: int = 16, lr: float = 1.5e-3):
     Colour, the difference of a pixel from its grey, is weighted up: it is a small part of the
     energy of pictures that are mostly background. Edges, the differences of neighbours, keep
     sharpness."""
-        optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     for _ in (bar := tqdm(range(steps), desc="VAE")):
         x = images[torch.randint(len(images), (batch,))]
@@ -150,7 +150,7 @@ def train_unet(
     names = sorted(set(captions))
     ids = pipeline.tokenizer(names, padding="max_length", return_tensors="pt").input_ids
     index = torch.tensor([names.index(caption) for caption in captions])
-    time_ids = torch.tensor([[toy.SIZE, toy.SIZE, 0, 0, toy.SIZE, toy.SIZE]], dtype=torch.float32).expand(batch, -1)
+    time_ids = torch.tensor([[toy.SIZE, toy.SIZE, 0.0, 0.0, toy.SIZE, toy.SIZE]] * batch)
     abar = pipeline.scheduler.alphas_cumprod
     modules = torch.nn.ModuleList(
         [pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2]
@@ -219,12 +219,11 @@ def pretrain(
     pipeline.save_pretrained(folder)
 
 
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", default="assets/tiny-sdxl", help="folder (default: assets/tiny-sdxl)")
+    parser.add_argument("--out", default="assets/tiny-sdxl", help="folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     args = parser.parse_args()
     pretrain(args.out, args.seed)

@@ -13,6 +13,7 @@ Every method is called by all ranks and is safe there: files are written by rank
 checkpoints, whose writing is collective. Randomness is a function of (seed, step), so a checkpoint
 holds engine and step, no more."""
 
+import argparse
 import json
 import math
 import os
@@ -48,6 +49,13 @@ def join_ranks():
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Description and epilog as they are written, and each option's default behind its help."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def is_main() -> bool:
@@ -274,8 +282,8 @@ Data: `{card["data"]}`, {card["pairs"]} pairs after ties were removed. {card["ve
 
 ## Training metrics
 
-Means over the last {len(last)} of {len(lines)} steps, on the training pairs. They say nothing about the
-pictures it draws; `evaluate.py` does.
+Means over the last {len(last)} of {len(lines)} steps, on the training pairs. They say nothing of
+the pictures; `evaluate.py` does.
 
 | | |
 |---|---|

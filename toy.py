@@ -152,12 +152,6 @@ def quality(image: Image.Image) -> dict[str, float]:
     }
 
 
-def preference(image: Image.Image, caption: str = "") -> float:
-    """The hidden preference in 0..1: the mean of saturation and sharpness. The caption plays no
-    part."""
-    return sum(quality(image).values()) / 2
-
-
 def silhouette(mask: np.ndarray) -> np.ndarray:
     """A mask cut to its bounding box and resized to 32 x 32 booleans, so that place and size do not
     count."""
@@ -191,6 +185,14 @@ def recognize(image: Image.Image) -> tuple[str, str]:
         if overlap > best:
             best, shape = overlap, name
     return color, shape
+
+
+def preference(image: Image.Image, caption: str = "") -> float:
+    """The hidden preference in 0..1: the mean of saturation and sharpness, and 0 where no shape is
+    seen (static is saturated and sharp, too). The caption plays no part."""
+    if recognize(image)[1] == "none":
+        return 0.0
+    return sum(quality(image).values()) / 2
 
 
 def faithfulness(image: Image.Image, caption: str) -> float:

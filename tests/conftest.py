@@ -1,0 +1,131 @@
+"""Small random checkpoints in the published layouts, and colour pairs, made once a session."""
+
+import io
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # before torch; children inherit it
+
+import diffusers  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from transformers import (  # noqa: E402
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+)
+
+import pretrain  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def save_pipeline(folder, kind: str, prediction: str):
+    """A random pipeline of 16 px (VAE factor 2): `kind` "sdxl" or "sd15", `prediction` epsilon or v."""
+    torch.manual_seed(0)
+    tokenizer = pretrain.write_tokenizer(folder / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    sdxl = kind == "sdxl"
+    extra = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 6 * 4 + 16,
+        "use_linear_projection": True,
+    }
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=32 if sdxl else 16,
+        norm_num_groups=8,
+        **(extra if sdxl else {}),
+    )
+    schedule = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "steps_offset": 1,
+        "prediction_type": prediction,
+    }
+    if sdxl:
+        pipeline = diffusers.StableDiffusionXLPipeline(
+            vae=vae,
+            text_encoder=CLIPTextModel(text),
+            text_encoder_2=CLIPTextModelWithProjection(text),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer,
+            unet=unet,
+            scheduler=diffusers.EulerDiscreteScheduler(**schedule),
+            add_watermarker=False,
+        )
+    else:
+        pipeline = diffusers.StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=CLIPTextModel(text),
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, **schedule),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(kind, prediction) -> folder of a random pipeline, made on first use."""
+    made = {}
+
+    def get(kind: str = "sdxl", prediction: str = "epsilon"):
+        if (kind, prediction) not in made:
+            folder = tmp_path_factory.mktemp(f"{kind}-{prediction}")
+            save_pipeline(folder, kind, prediction)
+            made[kind, prediction] = folder
+        return made[kind, prediction]
+
+    return get
+
+
+def png(color) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """A parquet file of 24 pairs: each winner is light and each loser dark, labels alternate."""
+    rows = {"jpg_0": [], "jpg_1": [], "label_0": [], "caption": []}
+    for i in range(24):
+        winner, loser = png((255, 200 + i, 255)), png((0, i, 0))
+        first = i % 2 == 0
+        rows["jpg_0"].append(winner if first else loser)
+        rows["jpg_1"].append(loser if first else winner)
+        rows["label_0"].append(1.0 if first else 0.0)
+        rows["caption"].append(f"a {'red' if i % 3 else 'blue'} circle")
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    pq.write_table(pa.table(rows), path)
+    return path
