@@ -282,7 +282,7 @@ def loader(
     shard = (rank, world, micro_batch, accumulation)
     places = [(step, micro) for step in range(start_step, steps) for micro in range(accumulation)]
     # Workers are spawned. Forked ones copy locks that threads of gloo or NCCL hold (torch calls
-    # both not fork safe); those of a forkserver do not notice when their trainer is killed, and stay.
+    # both not fork safe); those of a forkserver do not notice that their trainer was killed.
     return torch.utils.data.DataLoader(
         pairs,
         batch_sampler=[pair_numbers(*place, *shard) for place in places],

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,7 +39,7 @@ def _try(action: Callable, sentence: str):
     """action(), with the libraries' many errors made one sentence."""
     try:
         return action()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{sentence}: {reason}") from error
 
@@ -63,10 +64,11 @@ def architecture(name: str) -> str:
     else."""
     path = _locate(name, "model_index.json", "diffusers pipeline")
     index = _try(lambda: DiffusionPipeline.load_config(path), f"Cannot read the pipeline '{path}'")
-    kind = ARCHITECTURES.get(index["_class_name"])
+    found = index.get("_class_name", "pipeline without a class")
+    kind = ARCHITECTURES.get(found)
     if kind is None:
         known = " and ".join(ARCHITECTURES)
-        raise ModelError(f"'{path}' is a {index['_class_name']}; {known} can be trained here.")
+        raise ModelError(f"'{path}' is a {found}; {known} can be trained here.")
     return kind
 
 
@@ -142,13 +144,21 @@ def load_pipeline(
     if dtype != torch.float32:
         overflows = kind == "sdxl" and pipeline.vae.config.force_upcast
         pipeline.vae.to(torch.float32 if overflows else torch.float16)
-    kind = pipeline.scheduler.config.get("prediction_type", "epsilon")
-    if kind not in ("epsilon", "v_prediction") or not hasattr(pipeline.scheduler, "alphas_cumprod"):
+    if not hasattr(pipeline.scheduler, "alphas_cumprod"):  # flow matching, EDM
+        scheduler = type(pipeline.scheduler).__name__
+        raise ModelError(f"'{path}' has a {scheduler}, which knows no alphas_cumprod.")
+    predicts = pipeline.scheduler.config.get("prediction_type", "epsilon")
+    if predicts not in ("epsilon", "v_prediction"):
         raise ModelError(
-            f"'{path}' predicts '{kind}'; epsilon and v_prediction can be trained here."
+            f"'{path}' predicts '{predicts}'; epsilon and v_prediction can be trained here."
         )
+    reads, encoders = pipeline.unet.config, (pipeline.text_encoder, second_encoder(pipeline))
+    width = sum(encoder.config.hidden_size for encoder in encoders if encoder is not None)
+    pooled = reads.addition_embed_type == "text_time"
+    if reads.cross_attention_dim != width or pooled != (kind == "sdxl"):
+        raise ModelError(f"The UNet of '{unet or path}' does not read the text of '{path}'.")
     pipeline.set_progress_bar_config(disable=True)
-    for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder, second_encoder(pipeline)):
+    for part in (pipeline.vae, pipeline.unet, *encoders):
         if part is not None:
             part.requires_grad_(False).eval()
     return pipeline

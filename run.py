@@ -122,7 +122,7 @@ class Run:
 
     # ----- metrics
 
-    def log(self, engine, step: int, stats: list[dict], pairs: int):
+    def log(self, engine, step: int, stats: list[dict], lr: float, pairs: int):
         """Average the diagnostics of a step over micro-steps and ranks; write them to file, monitor
         and bar."""
         names = list(stats[0])
@@ -135,7 +135,7 @@ class Run:
         ).tolist()  # the one point a step where the CPU waits
         now = time.time()
         line = {"step": step + 1, **dict(zip(names, values, strict=True))}
-        line["lr"] = engine.get_lr()[0]
+        line["lr"] = lr
         norm = engine.get_global_grad_norm()
         line["grad_norm"] = float(norm) if norm is not None else None
         line["pairs_per_second"] = pairs / (now - self.clock)

@@ -154,12 +154,12 @@ def quality(image: Image.Image) -> dict[str, float]:
 
 def silhouette(mask: np.ndarray) -> np.ndarray:
     """A mask cut to its bounding box and resized to 32 x 32 booleans, so that place and size do not
-    count."""
+    count. The nearest pixels, not their mean, which would make a solid square of static."""
     rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = Image.fromarray(
         mask[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1].astype(np.uint8) * 255
     )
-    return np.asarray(box.resize((32, 32), Image.Resampling.BILINEAR)) > 127
+    return np.asarray(box.resize((32, 32), Image.Resampling.NEAREST)) > 127
 
 
 def recognize(image: Image.Image) -> tuple[str, str]:
@@ -167,7 +167,7 @@ def recognize(image: Image.Image) -> tuple[str, str]:
     background.
 
     Colour: the nearest hue to the mean chroma inside the shape. Shape: the template whose
-    silhouette overlaps most (intersection over union); below 0.6 it is "none"."""
+    silhouette overlaps most (intersection over union); below 0.65 it is "none"."""
     c = contrast(image)
     mask = c > 0.5
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
@@ -176,7 +176,7 @@ def recognize(image: Image.Image) -> tuple[str, str]:
     r, g, b = pixels[c > 0.9].mean(axis=0)
     hue = math.degrees(math.atan2(math.sqrt(3) * (g - b), 2 * r - g - b)) % 360
     color = min(HUES, key=lambda name: abs((hue - HUES[name] + 180) % 360 - 180))
-    seen, best, shape = silhouette(mask), 0.6, "none"
+    seen, best, shape = silhouette(mask), 0.65, "none"
     for name in SHAPES:
         canvas = Image.new("L", (128, 128))
         ImageDraw.Draw(canvas).polygon(outline(name, 64, 64, 60), fill=255)

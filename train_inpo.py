@@ -95,7 +95,7 @@ def train(args: Namespace, todo: plan.Plan):
         job.sample(pipeline, 0, prompts, args.guidance)
 
     for step in range(start, args.steps):
-        stats = []
+        stats, lr = [], engine.get_lr()[0]
         for micro in range(todo.accumulation):
             # 1. Draw pairs; winner and loser share the prompt and the timestep.
             batch = next(batches)
@@ -126,7 +126,7 @@ def train(args: Namespace, todo: plan.Plan):
             engine.step()
             stats.append({"loss": losses.detach().mean(), **diagnostics})
 
-        job.log(engine, step, stats, args.batch)
+        job.log(engine, step, stats, lr, args.batch)
         if due(step + 1, args.sample_every, args.steps):
             job.sample(pipeline, step + 1, prompts, args.guidance)
         if due(step + 1, args.checkpoint_every, args.steps):

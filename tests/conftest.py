@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 
 def save_pipeline(folder, kind: str, prediction: str):
-    """A random pipeline of 16 px (VAE factor 2): `kind` "sdxl" or "sd15", `prediction` epsilon or v."""
+    """A random pipeline of 16 px, VAE factor 2; kind: sdxl or sd15, prediction: as in diffusers."""
     torch.manual_seed(0)
     tokenizer = pretrain.write_tokenizer(folder / "tokenizer")
     text = CLIPTextConfig(

@@ -1,0 +1,339 @@
+"""Speed, memory and cost of one InPO training step, on one device, at random weights.
+
+    python bench.py --model sdxl --peak-tflops 989 --out bench-sdxl.md     # H200: 989 dense in bf16
+    python bench.py --model sdxl --peak-tflops 989 --out bench-sdxl-compile.md --compile --repeats 3
+    python bench.py --model tiny                                           # a laptop, minutes
+
+No weights and no hub are needed: UNets are built from their configuration, latents and conditioning
+are random. Timed is the code that trains: ddim_invert, predict_noise, squared_error, inpo_loss. A
+timing is a ratio within one run; its seconds belong to the hardware and versions printed with them.
+They are those of a plain process: without other ranks and clipping, gradients in the UNet's dtype.
+"""
+
+import argparse
+import copy
+import datetime
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import model
+from invert import ddim_invert
+from loss import inpo_loss, squared_error
+from run import HelpFormatter
+
+# -------------------------------------------------------------------------------------------------
+# The models: the public UNet configurations; what is not said is diffusers' default.
+
+SDXL = {  # stabilityai/stable-diffusion-xl-base-1.0: 2,567,463,684 parameters
+    "sample_size": 128, "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048, "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+SD15 = {  # stable-diffusion-v1-5/stable-diffusion-v1-5: 859,520,964 parameters
+    "sample_size": 64, "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "attention_head_dim": 8, "cross_attention_dim": 768,
+}  # fmt: skip
+CONFIGS, TIMESTEPS = {"sdxl": SDXL, "sd15": SD15}, 1000
+RECIPE_PAIRS = 400 * 1024  # of the published run: optimizer steps x pairs, for both models
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def read_config(name: str) -> dict:
+    """The UNet configuration of a preset or a folder. Raises model.ModelError."""
+    if name == "tiny" and not Path(model.PRESETS[name]).is_dir():
+        raise model.ModelError("--model tiny: assets/tiny-sdxl is not there; name a folder.")
+    config = CONFIGS.get(name) or model.read_config(name, "unet")
+    if name not in CONFIGS and config.get("_class_name") != UNet2DConditionModel.__name__:
+        raise model.ModelError(f"--model {name}: is no UNet2DConditionModel, nor has one.")
+    return config
+
+
+def build(config: dict, device, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A UNet at random weights, made on the device in its dtype."""
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        unet = UNet2DConditionModel.from_config(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return unet
+
+
+def random_inputs(unet: UNet2DConditionModel, pairs: int) -> tuple[torch.Tensor, dict]:
+    """x0 (2P, C, h, w) fp32 and cond of 77 tokens, shaped as model.encode_images and encode_prompts
+    make them, on the UNet's device."""
+    shape, like = unet.config, {"device": unet.device, "dtype": unet.dtype}
+    size, added = shape.sample_size, {}
+    if shape.addition_embed_type == "text_time":
+        pooled = shape.projection_class_embeddings_input_dim - 6 * shape.addition_time_embed_dim
+        ids = torch.tensor([8 * size, 8 * size, 0, 0, 8 * size, 8 * size], **like).expand(pairs, 6)
+        added = {"text_embeds": torch.randn(pairs, pooled, **like), "time_ids": ids}
+        added = {"added_cond_kwargs": added}
+    cond = {"encoder_hidden_states": torch.randn(pairs, 77, shape.cross_attention_dim, **like)}
+    x0 = torch.randn(2 * pairs, shape.in_channels, size, size, device=unet.device)
+    return x0, model.repeat(cond | added, 2)
+
+
+def call_flops(config: dict) -> float:
+    """FLOPs of a UNet call, the forward of one image, 2 per multiply-add: counted by PyTorch on the
+    meta device, where attention is always the same operations."""
+    unet = build(config, "meta", torch.float32)
+    x0, cond = random_inputs(unet, pairs=1)
+    t = torch.zeros(2, dtype=torch.int64, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.predict_noise(unet, x0, t, cond, torch.ones(TIMESTEPS, device="meta"))
+    return counter.get_total_flops() / 2
+
+
+# -------------------------------------------------------------------------------------------------
+# What is timed. A repeat of a row runs it once in every cell, and takes the mean over the cells.
+
+
+@dataclass
+class Row:
+    name: str
+    work: float  # UNet calls an image needs; a backward counts two, recomputed forwards nothing
+    action: Callable[[int], object]  # of the cell that the timesteps lie in
+    cells: range
+    checkpointing: bool = False  # of the policy's activations
+    seconds: tuple[float, ...] = ()  # of one action, by repeat; empty: out of memory
+    memory: int | None = None  # peak bytes, on a GPU
+
+
+def adamw(weights: list[torch.nn.Parameter]) -> Callable[[], None]:
+    """A step of AdamW on fp32 master weights; those of half precision are a copy, made by the first
+    step, as are the two moments."""
+    state = []
+
+    @torch.no_grad()
+    def step():
+        if not state:
+            state.append([weight.detach().float() for weight in weights])
+            state.append(torch.optim.AdamW(state[0], lr=1e-5, fused=True))
+        masters, optimizer = state
+        for weight, master in zip(weights, masters, strict=True):
+            master.grad, weight.grad = weight.grad.float(), None
+        optimizer.step()
+        optimizer.zero_grad()
+        if weights[0].dtype != torch.float32:
+            torch._foreach_copy_(weights, masters)
+
+    return step
+
+
+def rows_of(args: argparse.Namespace, policy: UNet2DConditionModel) -> list[Row]:
+    """The rows of the table, in the order they must run: the last one brings the optimizer."""
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    if args.compile:
+        policy.compile()
+        reference.compile()
+    x0, cond = random_inputs(policy, args.micro_batch)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, device=x0.device).square()
+    abar, width = (1 - betas).cumprod(0), TIMESTEPS // args.steps
+    t = [torch.randint(width, (args.micro_batch,)) + k * width for k in range(args.steps)]
+    t = [one.repeat(2).to(x0.device) for one in t]
+    noise = [torch.Generator().manual_seed(i) for i in range(len(x0))]  # CPU's, as train_inpo.py's
+    step = adamw(list(policy.parameters()))
+
+    def eps(x, t):
+        return model.predict_noise(policy, x, t, cond, abar)
+
+    def invert(k):
+        return ddim_invert(eps, x0, t[k], abar, args.steps, args.eta, noise)
+
+    def micro_step(k):
+        xt, tau = invert(k)
+        with torch.no_grad():
+            eps_ref = model.predict_noise(reference, xt, t[k], cond, abar)
+        err_ref, err = squared_error(eps_ref, tau), squared_error(eps(xt, t[k]), tau)
+        inpo_loss(err, err_ref, beta=5000.0)[0].mean().backward()
+
+    def forward_backward(k):
+        squared_error(eps(x0, t[k]), x0).mean().backward()
+
+    forward = torch.no_grad()(lambda k: eps(x0, t[k]))
+    calls = (args.steps + 1) / 2  # the mean of k + 1
+    one, cells, saves = range(1), range(args.steps), args.gradient_checkpointing
+    how = "" if saves else "no "
+    return [
+        Row("UNet forward, no grad", 1, forward, one),
+        Row("forward + backward", 3, forward_backward, one),
+        Row("forward + backward, checkpointing", 3, forward_backward, one, True),
+        Row(f"DDIM inversion, mean of {args.steps} cells", calls, invert, cells),
+        Row(f"micro-step, {how}checkpointing", calls + 4, micro_step, cells, saves),
+        Row("micro-step + AdamW", calls + 4, lambda k: (micro_step(k), step()), cells, saves),
+    ]
+
+
+def measure(rows: list[Row], policy: UNet2DConditionModel, warmup: int, repeats: int):
+    """Fill in seconds and memory; a row that runs out of the GPU's memory keeps none."""
+    gpu = policy.device.type == "cuda"
+    wait = torch.cuda.synchronize if gpu else lambda: None
+    total = sum(row.work * len(row.cells) for row in rows) * (warmup + repeats)
+    bar = tqdm(total=total, unit="call", dynamic_ncols=True)
+    for row in rows:
+        bar.set_description(row.name)
+        policy.zero_grad(set_to_none=True)  # no row inherits gradients
+        policy.enable_gradient_checkpointing()
+        if not row.checkpointing:
+            policy.disable_gradient_checkpointing()
+        if gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        try:
+            for _ in range(warmup + repeats):
+                wait()
+                start = time.perf_counter()
+                for cell in row.cells:
+                    row.action(cell)
+                wait()
+                seconds.append((time.perf_counter() - start) / len(row.cells))
+                bar.update(row.work * len(row.cells))
+            row.seconds = tuple(seconds[warmup:])
+            row.memory = torch.cuda.max_memory_allocated() if gpu else None
+        except torch.OutOfMemoryError:
+            bar.update(row.work * len(row.cells) * (warmup + repeats - len(seconds)))
+    bar.close()
+
+
+# -------------------------------------------------------------------------------------------------
+# The report.
+
+
+def device_hours(seconds: float, pairs: int) -> float:
+    """Hours of one device for the published recipe's pairs, at `seconds` a micro-step of `pairs`."""
+    return RECIPE_PAIRS / pairs * seconds / 3600
+
+
+def table(rows: list[Row], images: int, flops: float, peak_tflops: float | None = None) -> str:
+    """The rows in Markdown. flops: of a UNet call. FLOP/s and memory only where memory is known."""
+    call, step = (median(row.seconds) if row.seconds else None for row in (rows[0], rows[4]))
+    gpu = any(row.memory for row in rows)
+    heads = ["", "seconds", "min-max", "images/s", "in UNet calls", "calls needed", "of micro-step"]
+    heads += ["TFLOP/s"] * gpu + ["of peak"] * bool(gpu and peak_tflops) + ["peak GiB"] * gpu
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
+    for row in rows:
+        if not row.seconds:
+            lines.append([row.name, "out of memory"] + [""] * (len(heads) - 2))
+            continue
+        each = median(row.seconds)
+        rate = row.work * images * flops / each / 1e12
+        cells = [row.name, f"{each:.4g}", f"{min(row.seconds):.4g}-{max(row.seconds):.4g}"]
+        cells += [f"{images / each:.4g}", f"{each / call:.2f}", f"{row.work:g}"]
+        cells += [f"{each / step:.1%}" if step else ""] + [f"{rate:.3g}"] * gpu
+        cells += [f"{rate / peak_tflops:.1%}"] if gpu and peak_tflops else []
+        lines.append(cells + [f"{(row.memory or 0) / 2**30:.2f}"] * gpu)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [[c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))]
+               for line in lines]  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in aligned)
+
+
+def hardware(device: str) -> str:
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return f"{named[1] if named else platform.processor()}, {torch.get_num_threads()} thread(s)"
+
+
+def report(args: argparse.Namespace, argv: list[str], rows: list[Row], parameters: int) -> str:
+    """The page that is printed and that --out writes."""
+    pairs, flops, step = args.micro_batch, call_flops(read_config(args.model)), rows[4].seconds
+    projection = "None: the micro-step ran out of memory; lower --micro-batch."
+    if step:
+        mid, low, high = (device_hours(f(step), pairs) for f in (median, min, max))
+        projection = (
+            f"{RECIPE_PAIRS:,} pairs, as many as the published recipe sees in 400 steps of 1024, at "
+            f"{median(step):.4g} s for {pairs}:\n**{mid:,.4g} {args.device.upper()}-hours** of this "
+            f"model on this device ({low:,.4g}-{high:,.4g}). Nobody ran them. Not in it: VAE and "
+            "text\nencoders, reading data, optimizer steps, traffic between devices, checkpoints."
+        )
+    return f"""# One InPO training step: {args.model}, {pairs} pairs
+
+    {shlex.join(["python", "bench.py", *argv])}
+
+{datetime.date.today()}, {hardware(args.device)}, torch {torch.__version__}, {args.dtype}. UNet of
+{parameters / 1e6:,.1f} M parameters, {flops / 1e9:,.4g} GFLOP a call; a call is a forward of one image.
+Inversion on a grid of {args.steps}, eta {args.eta:g}{", compiled" if args.compile else ""}. Median of {args.repeats} \
+repeat(s) after {args.warmup} of warm-up.
+
+{table(rows, 2 * pairs, flops, args.peak_tflops)}
+
+"In UNet calls" is the measured time over that of the first row; "calls needed" is the work, with two
+calls for a backward and none for recomputed activations. TFLOP/s count the calls needed. Memory
+holds policy and reference in every row, gradients in those that go backward, AdamW in the last.
+Compare ratios; the seconds belong to the machine and versions above.
+
+## Projection, not a measurement
+
+{projection}
+"""
+
+
+# -------------------------------------------------------------------------------------------------
+# Flags.
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add, gpu = parser.add_argument, torch.cuda.is_available()
+    add("--model", default="sdxl", help="sdxl, sd15, tiny, or a folder in diffusers layout")
+    add("--dtype", choices=DTYPES, default="bf16" if gpu else "fp32", help="of the UNets")
+    add("--micro-batch", type=int, metavar="PAIRS", help="if not given: sdxl 4, sd15 16, tiny 16")
+    add("--steps", type=int, default=10, metavar="N", help="cells of the inversion's grid")
+    add("--eta", type=float, default=0.1, help="noise injected while inverting, 0 to 1")
+    add(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="in the micro-steps; if not given: not for tiny",
+    )
+    add("--compile", action="store_true", help="torch.compile both UNets")
+    add("--repeats", type=int, default=5, metavar="N", help="timed, of each row")
+    add("--warmup", type=int, default=1, metavar="N", help="untimed, before them")
+    add("--peak-tflops", type=float, metavar="N", help="the GPU's dense peak in this dtype")
+    add("--out", type=Path, metavar="FILE", help="Markdown file for the report")
+    args = parser.parse_args(argv)
+    if args.micro_batch is None:
+        args.micro_batch = {"sd15": 16, "tiny": 16}.get(args.model, 4)
+    if args.gradient_checkpointing is None:
+        args.gradient_checkpointing = args.model != "tiny"
+    args.device = "cuda" if gpu else "cpu"
+    for flag, low in (("micro_batch", 1), ("repeats", 1), ("warmup", 0), ("steps", 1)):
+        if getattr(args, flag) < low:
+            parser.error(f"--{flag.replace('_', '-')}: must be at least {low}.")
+    if TIMESTEPS % args.steps:
+        parser.error(f"--steps {args.steps}: must divide the {TIMESTEPS} timesteps.")
+    if not 0 <= args.eta <= 1:
+        parser.error(f"--eta {args.eta:g}: must lie between 0 and 1.")
+    if args.peak_tflops is not None and (not gpu or args.peak_tflops <= 0):
+        parser.error("--peak-tflops: a positive number, and there must be a GPU.")
+    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
+        parser.error(f"--out {args.out}: must be a file in a folder that exists.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> list[Row]:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    try:
+        policy = build(read_config(args.model), args.device, DTYPES[args.dtype])
+    except model.ModelError as error:
+        sys.exit(fail(error))
+    ...

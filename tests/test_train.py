@@ -1,0 +1,527 @@
+"""Laws of the job: train_inpo.py, plan.py and run.py, on random checkpoints."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import data
+import model
+import plan
+import run
+import train_inpo
+
+ROOT = Path(train_inpo.__file__).parent
+ADAMW = {"betas": [0.9, 0.999], "eps": 1e-2, "weight_decay": 0.01, "torch_adam": True}
+
+
+@pytest.fixture
+def ds_config(tmp_path):
+    """ds_config(stage) -> a file. AdamW's large eps makes a step a smooth function of the gradient,
+    so that rounding in a gradient near zero does not flip the sign of a whole step."""
+
+    def write(stage: int = 2, **keys) -> Path:
+        config = json.loads((ROOT / "ds_config.json").read_text())
+        config["zero_optimization"]["stage"] = stage
+        config["optimizer"]["params"] = ADAMW
+        path = tmp_path / f"zero{stage}.json"
+        path.write_text(json.dumps(config | keys))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def argv(checkpoint, pairs, tmp_path, ds_config):
+    """argv(flag=value, ...) -> a short run's command line."""
+
+    def build(**flags) -> list[str]:
+        flags = {
+            "model": checkpoint(), "data": pairs, "out": tmp_path / "run", "ds_config": ds_config(),
+            "steps": 2, "batch": 4, "micro_batch": 2, "lr": 1e-2, "warmup": 2, "beta": 500,
+            "workers": 0, "sample_every": 0, "checkpoint_every": 0,
+        } | flags  # fmt: skip
+        return [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
+
+    return build
+
+
+def metrics(out) -> list[dict]:
+    return run.read_metrics(Path(out))
+
+
+def weights(out) -> dict[str, torch.Tensor]:
+    return diffusers.UNet2DConditionModel.from_pretrained(Path(out) / "unet").state_dict()
+
+
+def distance(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def launch(argv: list[str], ranks: int, program: str = "train_inpo.py"):
+    """The script on several processes over gloo, as a launcher starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / program), *argv],
+            env=common | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(ranks)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(ranks)
+    ]
+    for child in children:
+        output = child.communicate(timeout=300)[0]
+        assert child.returncode == 0, output[-3000:]
+
+
+# -------------------------------------------------------------------------------------------------
+# The step, against one written by hand.
+
+
+def steps_by_hand(argv: list[str]) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Weights and losses the script should give, without DeepSpeed, invert.py, loss.py (eta 0)."""
+    args = plan.parse("", argv)
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(args.model)
+    policy, reference, abar = pipe.unet, copy.deepcopy(pipe.unet), pipe.scheduler.alphas_cumprod
+    adamw = torch.optim.AdamW(policy.parameters(), args.lr, ADAMW["betas"], ADAMW["eps"], 0.01)
+    items = data.Pairs(
+        data.read_pairs(args.data), 16, args.seed, "center", args.flip, args.caption_dropout
+    )
+    losses, sigma = [], ((1 - abar) / abar).sqrt()
+    accumulation, size = 2, 2.0 * torch.tensor([8, 8, 0, 0, 8, 8])
+    for step in range(args.steps):
+        adamw.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / args.warmup)
+        adamw.zero_grad()
+        losses.append(0)
+        for n in range(step * args.batch, (step + 1) * args.batch):
+            item = items[n]
+            micro = step * accumulation + (n % args.batch) // (args.batch // accumulation)
+            cell = train_inpo.stratum(args.seed, micro, args.inversion_steps)
+            t = train_inpo.draw_timesteps(args.seed, cell, [n], args.inversion_steps, 1000)
+            text, _, pooled, _ = pipe.encode_prompt(
+                item["caption"], do_classifier_free_guidance=False
+            )
+            keep = float(item["caption"] != "")
+            added = {"text_embeds": pooled * keep, "time_ids": size[None]}
+            errors = []
+            for side, noise in zip(
+                ("winner", "loser"), train_inpo.generators(args.seed, [n]), strict=True
+            ):
+                posterior = pipe.vae.encode(item[side][None]).latent_dist
+                x0 = (
+                    posterior.mean + posterior.std * torch.randn(1, 4, 8, 8, generator=noise)
+                ).detach()
+                x0 = x0 * pipe.vae.config.scaling_factor
+
+                def eps(unet, x, t, text=text * keep, added=added):
+                    return unet(x, t, text, added_cond_kwargs=added).sample
+
+                xbar, level, shown = x0, torch.zeros(1), torch.zeros_like(t)
+                for to in [*range(99, int(t), 100), int(t)]:
+                    with torch.no_grad():
+                        move = eps(policy, xbar / (1 + level**2).sqrt(), shown)
+                    xbar = xbar + (sigma[to] - level) * move
+                    level, shown = sigma[to], torch.tensor([to])
+                xt, tau = xbar * abar[t].sqrt(), (xbar - x0) / sigma[t]
+                with torch.no_grad():
+                    err_ref = ((eps(reference, xt, t) - tau) ** 2).mean()
+                errors.append(((eps(policy, xt, t) - tau) ** 2).mean() - err_ref)
+            loss = torch.log1p(torch.exp(args.beta / 2 * (errors[0] - errors[1]))) / args.batch
+            loss.backward()
+            losses[-1] += loss.item()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        adamw.step()
+    return policy.state_dict(), losses
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_steps_equal_those_written_by_hand(stage, ranks, argv, tmp_path, ds_config, checkpoint):
+    command = argv(ds_config=ds_config(stage), micro_batch=2 // ranks, eta=0)
+    if ranks == 1:
+        train_inpo.main(command)
+    else:
+        launch(command, ranks)
+    expected, losses = steps_by_hand(command)
+    start = weights(checkpoint())
+    moved = distance(expected, start)
+    assert moved > 1e-4  # the test would see a step that was left out
+    assert distance(weights(tmp_path / "run"), expected) < 1e-3 * moved
+    assert [line["loss"] for line in metrics(tmp_path / "run")] == pytest.approx(losses, rel=1e-4)
+    assert abs(losses[1] - losses[0]) > 1e-4
+
+
+def test_accumulating_1x4_equals_4x1(argv, tmp_path, checkpoint):
+    # One cell, since the cell of t belongs to the micro-step.
+    for micro_batch in (1, 4):
+        out = tmp_path / f"micro{micro_batch}"
+        train_inpo.main(argv(micro_batch=micro_batch, out=out, inversion_steps=1))
+    a, b = weights(tmp_path / "micro1"), weights(tmp_path / "micro4")
+    assert distance(a, b) < 1e-3 * distance(a, weights(checkpoint()))
+    a, b = metrics(tmp_path / "micro1"), metrics(tmp_path / "micro4")
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-5)
+
+
+def test_a_run_that_was_stopped_and_resumed_is_bitwise_the_undisturbed_one(argv, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train_inpo.main(argv(out=whole, steps=4, checkpoint_every=2))
+    train_inpo.main(argv(out=halves, steps=2, checkpoint_every=2))
+    train_inpo.main(argv(out=halves, steps=4, checkpoint_every=2))
+    assert distance(weights(whole), weights(halves)) == 0
+    same = [
+        [{k: v for k, v in line.items() if k != "pairs_per_second"} for line in metrics(out)]
+        for out in (whole, halves)
+    ]
+    assert same[0] == same[1] and [line["step"] for line in same[0]] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_is_left_alone(argv, tmp_path, capsys):
+    train_inpo.main(argv(steps=1))
+    before = (tmp_path / "run" / "model_index.json").stat().st_mtime_ns
+    train_inpo.main(argv(steps=1))
+    assert "has finished" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model_index.json").stat().st_mtime_ns == before
+
+
+# -------------------------------------------------------------------------------------------------
+# Randomness.
+
+
+def test_each_cycle_of_micro_steps_visits_every_cell_once():
+    for cycle in range(20):
+        cells = [train_inpo.stratum(3, cycle * 10 + i, 10) for i in range(10)]
+        assert sorted(cells) == list(range(10))
+    orders = {tuple(train_inpo.stratum(3, c * 10 + i, 10) for i in range(10)) for c in range(20)}
+    assert len(orders) == 20
+
+
+def test_the_marginal_of_t_is_uniform():
+    t = torch.cat(
+        [
+            train_inpo.draw_timesteps(
+                0, train_inpo.stratum(0, m, 10), range(8 * m, 8 * m + 8), 10, 1000
+            )
+            for m in range(1250)
+        ]
+    )
+    assert t.min() == 0 and t.max() == 999
+    counts = torch.bincount(t // 20, minlength=50).float()  # 50 bins, 200 expected in each
+    chi2 = ((counts - 200) ** 2 / 200).sum().item()
+    assert 25 < chi2 < 86  # 0.1 % to 99.9 % of chi-squared with 49 degrees of freedom, or fewer
+    even = torch.bincount(t // 100, minlength=10)
+    assert (even == 1000).all()  # cells are visited equally often, exactly
+
+
+def test_t_and_noise_follow_from_seed_and_pair_number_alone():
+    together = train_inpo.draw_timesteps(5, 7, range(4), 10, 1000)
+    alone = [train_inpo.draw_timesteps(5, 7, [n], 10, 1000) for n in range(4)]
+    assert torch.equal(together, torch.cat(alone)) and (together // 100 == 7).all()
+    assert len(set(together.tolist())) > 1
+
+    def draw(generator):
+        return torch.randn(3, generator=generator)
+
+    both = [draw(g) for g in train_inpo.generators(5, [8, 9])]  # winners 8, 9, losers 8, 9
+    first, second = ([draw(g) for g in train_inpo.generators(5, [n])] for n in (8, 9))
+    for a, b in zip(both, [first[0], second[0], first[1], second[1]], strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(both[0], both[2])
+
+
+def test_all_ranks_take_the_same_number_of_unet_calls(argv, tmp_path, monkeypatch):
+    # Ranks 0 and 1 of 2 draw different t from one cell, in every micro-step.
+    for micro_step in range(30):
+        cell = train_inpo.stratum(0, micro_step, 10)
+        t = [
+            train_inpo.draw_timesteps(
+                0, cell, data.pair_numbers(micro_step, 0, r, 2, 4, 1), 10, 1000
+            )
+            for r in (0, 1)
+        ]
+        assert (torch.stack(t) // 100 == cell).all() and not torch.equal(*t)
+
+
+# -------------------------------------------------------------------------------------------------
+# The loop.
+
+
+def test_winners_come_first_from_file_to_loss(argv, monkeypatch):
+    """Every winner in the file is light and every loser dark, whatever its label's side."""
+    seen = []
+    true_encode, true_loss = model.encode_images, train_inpo.inpo_loss
+
+    def encode(pipeline, pixels, generator=None):
+        seen.append(pixels.mean(dim=(1, 2, 3)))
+        latents = true_encode(pipeline, pixels, generator)
+        return latents * 0 + seen[-1][:, None, None, None]  # the latent says who it is
+
+    def invert(eps_fn, x0, t, abar, steps, eta, noise):
+        assert torch.equal(t[: len(t) // 2], t[len(t) // 2 :])  # shared by the pair
+        return x0, x0
+
+    def loss(err, err_ref, beta):
+        winner, loser = err.chunk(2)  # |eps - x0|^2 with a bright or dark constant x0
+        order.append((winner.detach(), loser.detach()))
+        return true_loss(err, err_ref, beta)
+
+    order = []
+    monkeypatch.setattr(model, "encode_images", encode)
+    monkeypatch.setattr(model, "predict_noise", lambda unet, x, t, c, a, k: x * 0 + 1 + 0 * sum(
+        p.sum() for p in unet.parameters()))  # fmt: skip
+    monkeypatch.setattr(train_inpo, "ddim_invert", invert)
+    monkeypatch.setattr(train_inpo, "inpo_loss", loss)
+    train_inpo.main(argv(steps=4))
+    assert len(seen) == 8
+    for pixels, (winner, loser) in zip(seen, order, strict=True):
+        assert (pixels[:2] > 0.5).all() and (pixels[2:] < -0.5).all()
+        assert (winner < 0.5).all() and (loser > 2).all()  # (1 - 1)^2 and (1 + 1)^2
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+def test_both_architectures_and_prediction_types_train(
+    kind, prediction, argv, tmp_path, checkpoint, ds_config
+):
+    folder, out = checkpoint(kind, prediction), tmp_path / "run"
+    plain = ds_config(optimizer={"type": "AdamW", "params": {"torch_adam": True}})
+    train_inpo.main(argv(model=folder, lr=1e-3, steps=12, ds_config=plain))
+    lines = metrics(out)
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert lines[0]["implicit_accuracy"] == 0.5 and lines[0]["margin"] == 0
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert np.mean([line["margin"] for line in lines[-4:]]) > 0  # light wins: that can be learnt
+    assert distance(weights(out), weights(folder)) > 1e-4
+    index = json.loads((out / "model_index.json").read_text())
+    assert (
+        index["_class_name"] == json.loads((folder / "model_index.json").read_text())["_class_name"]
+    )
+    scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == prediction
+
+
+def test_the_saved_pipeline_samples_what_the_trained_one_did(argv, tmp_path, monkeypatch):
+    drawn, finish = [], run.Run.finish
+
+    def spy(self, engine, pipeline, card):
+        drawn.extend(model.sample(pipeline, ["a red circle"] * 2, [3, 4], 3, 2.0))
+        finish(self, engine, pipeline, card)
+
+    monkeypatch.setattr(run.Run, "finish", spy)
+    train_inpo.main(argv())
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "run")
+    pipeline.set_progress_bar_config(disable=True)
+    again = pipeline(
+        ["a red circle"] * 2,
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+    ).images
+    for a, b in zip(drawn, again, strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_the_reference_stays_where_the_policy_started(argv, monkeypatch, checkpoint):
+    kept, start = [], train_inpo.start_engine
+
+    def spy(*given):
+        kept.append(start(*given))
+        return kept[0]
+
+    monkeypatch.setattr(train_inpo, "start_engine", spy)
+    train_inpo.main(argv())
+    engine, reference = kept[0]
+    assert distance(reference.state_dict(), weights(checkpoint())) == 0
+    assert distance(engine.module.state_dict(), weights(checkpoint())) > 1e-4
+
+
+def test_unet_flag_sets_start_and_reference(argv, tmp_path, checkpoint):
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint() / "unet", other)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(other)
+    with torch.no_grad():
+        unet.conv_out.bias += 1
+    unet.save_pretrained(other)
+    train_inpo.main(argv(unet=other, lr=1e-6))
+    assert distance(weights(tmp_path / "run"), unet.state_dict()) < 1e-3
+    assert metrics(tmp_path / "run")[0]["margin"] == 0  # the reference started there, too
+
+
+def test_the_learning_rate_warms_up_linearly_then_stays(argv, tmp_path):
+    train_inpo.main(argv(steps=4, warmup=3, lr=3e-4))
+    assert [x["lr"] for x in metrics(tmp_path / "run")] == pytest.approx([1e-4, 2e-4, 3e-4, 3e-4])
+
+
+def test_a_run_leaves_metrics_pictures_checkpoints_and_a_card(argv, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue circle\n")
+    train_inpo.main(argv(steps=3, sample_every=2, checkpoint_every=1, sample_prompts=prompts))
+    out = tmp_path / "run"
+    names = {path.name for path in (out / "samples").glob("step_*")}
+    assert names == {"step_000000.png", "step_000002.png", "step_000003.png"}
+    assert len(list((out / "checkpoints").glob("step_*"))) == 2  # the newest two
+    assert (
+        list((out / "tensorboard").glob("events*")) and (out / "curves.png").stat().st_size > 1000
+    )
+    card = (out / "README.md").read_text()
+    for words in (
+        "| beta | 500.0 |",
+        "24 pairs",
+        "2503.18454",
+    ):
+        assert words in card
+    assert {
+        "loss",
+        "implicit_accuracy",
+        "margin",
+        "err_winner",
+        "err_ref_loser",
+        "grad_norm",
+    } <= set(metrics(out)[0])
+
+
+# -------------------------------------------------------------------------------------------------
+# Before training: the plan, and one sentence for each mistake.
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(argv, tmp_path, capsys):
+    train_inpo.main([*argv(steps=50, batch=8), "--dry-run"])
+    text = capsys.readouterr().out
+    for words in (
+        "24 pairs without ties",
+        "the run sees 400",
+        "8 pairs = 2 x 1 rank(s) x 4 accumulated",
+        "5.5 to invert + 1 reference + 3 to train; 7,600 in all",
+        "ZeRO-2",
+    ):
+        assert words in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_estimate_follows_the_zero_stages():
+    gib = 2**30  # parameters, so that a byte a parameter is a GiB
+    assert plan.state_memory(gib, 0, 8, torch.bfloat16) == 2 + 2 + 4 + 12
+    assert plan.state_memory(gib, 1, 8, torch.bfloat16) == 2 + 2 + 4 + 12 / 8
+    assert plan.state_memory(gib, 2, 8, torch.bfloat16) == 2 + 2 + 4 / 8 + 12 / 8
+    assert plan.state_memory(gib, 3, 8, torch.bfloat16) == (2 + 2 + 4 + 12) / 8
+    assert plan.state_memory(gib, 0, 1, torch.float32) == 4 + 4 + 4 + 8
+
+
+def test_the_published_recipe_is_the_default():
+    sdxl, sd15 = plan.parse("", []), plan.parse("", ["--model=sd15"])
+    for args, beta in ((sdxl, 5000), (sd15, 2000)):
+        assert (args.steps, args.batch, args.lr, args.warmup) == (400, 1024, 1.024e-5, 200)
+        assert (args.beta, args.inversion_steps, args.eta, args.caption_dropout) == (
+            beta,
+            10,
+            0.1,
+            0.2,
+        )
+    assert sdxl.vae == "madebyollin/sdxl-vae-fp16-fix" and sd15.vae is None
+
+
+def test_help_is_grouped_and_shows_every_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_inpo.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for group in ("model:", "data:", "objective: InPO:", "optimization:", "run:"):
+        assert f"\n{group}\n" in text
+    for default in ("5000.0", "1.024e-05", "1024", "yuvalkirstain/pickapic_v2", "0.2"):
+        assert re.search(rf"\(default:\s+{re.escape(default)}\)", text), default
+    assert "recipe (the defaults of --model)" in text and str(ROOT) not in text
+
+
+def table(path: Path, **columns) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.fixture
+def mistakes(tmp_path, argv, ds_config, checkpoint):
+    """name -> (flags, words that the sentence must have)."""
+    rows = {"jpg_0": [b"x"], "jpg_1": [b"x"], "caption": ["a"]}
+    no_label = table(tmp_path / "no_label.parquet", **rows)
+    ties = table(tmp_path / "ties.parquet", **rows, label_0=[0.5])
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 but no more")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    no_json, auto = tmp_path / "no.json", tmp_path / "auto.json"
+    no_json.write_text("{bf16: on}")
+    auto.write_text('{"bf16": {"enabled": "auto"}}')
+    return {
+        "unknown model": ({"model": "sdlx"}, ["sdlx", "sdxl, sd15, tiny"]),
+        "folder that is no pipeline": ({"model": tmp_path / "empty"}, ["model_index.json"]),
+        "no such unet": ({"unet": tmp_path / "empty"}, ["empty", "unet"]),
+        "missing column": ({"data": no_label}, ["no_label.parquet", "label_0"]),
+        "unreadable parquet": ({"data": broken}, ["broken.parquet"]),
+        "only ties": ({"data": ties}, ["ties"]),
+        "no such data": ({"data": tmp_path / "nowhere.parquet"}, ["nowhere.parquet"]),
+        "batch not divisible": ({"batch": 5}, ["--batch 5", "--micro-batch 2"]),
+        "too many steps": ({"inversion_steps": 1001}, ["--inversion-steps 1001", "1000"]),
+        "steps that do not divide": ({"inversion_steps": 7}, ["--inversion-steps 7", "1000"]),
+        "no inversion steps": ({"inversion_steps": 0}, ["--inversion-steps 0"]),
+        "negative beta": ({"beta": -1}, ["--beta -1"]),
+        "beta that is no number": ({"beta": "nan"}, ["--beta nan"]),
+        "eta above 1": ({"eta": 1.5}, ["--eta 1.5"]),
+        "odd resolution": ({"resolution": 15}, ["--resolution 15", "2"]),
+        "folder of something else": ({"out": tmp_path / "full"}, ["full", "empty folder"]),
+        "ds_config that is no JSON": ({"ds_config": no_json}, ["no.json", "JSON"]),
+        "ds_config with auto": ({"ds_config": auto}, ["auto.json", "bf16.enabled"]),
+        "no ds_config": ({"ds_config": tmp_path / "no.where"}, ["no.where"]),
+        "no prompts file": ({"sample_prompts": tmp_path / "no.txt"}, ["no.txt"]),
+    }  # fmt: skip
+
+
+def refuse(command: list[str], capsys) -> str:
+    """The sentence on stderr of a command that must be refused with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        train_inpo.main(command)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    sentence = [line for line in lines if line.startswith("train_inpo.py: error: ")]
+    assert len(sentence) == 1 and "Traceback" not in "\n".join(lines)
+    return sentence[0]
+
+
+def test_each_mistake_gets_one_sentence_and_exit_code_2(mistakes, argv, tmp_path, capsys):
+    for name, (flags, words) in mistakes.items():
+        sentence = refuse(argv(**flags), capsys)
+        assert all(word in sentence for word in words), (name, sentence)
+    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_folder_with_another_run_is_refused_with_the_differing_keys(argv, capsys):
+    train_inpo.main(argv(steps=1))
+    sentence = refuse(argv(steps=1, beta=501, seed=3), capsys)
+    assert "beta: 500.0 there, 501.0 now" in sentence and "seed: 0 there, 3 now" in sentence
+    assert "lr" not in sentence
+
+
+def test_the_launcher_passes_exit_code_2_on(argv):
+    launcher = Path(sys.executable).with_name("deepspeed")
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [str(launcher), "--num_gpus", "2", str(ROOT / "train_inpo.py"), *argv(batch=5)]
+    child = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=300)
+    assert child.returncode == 2
+    assert child.stderr.count("train_inpo.py: error: --batch 5") == 1  # rank 0 alone speaks
