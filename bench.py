@@ -13,12 +13,14 @@ They are those of a plain process: without other ranks and clipping, gradients i
 import argparse
 import copy
 import datetime
+import math
 import platform
+import re
 import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -101,7 +103,8 @@ def call_flops(config: dict) -> float:
 
 
 # -------------------------------------------------------------------------------------------------
-# What is timed. A repeat of a row runs it once in every cell, and takes the mean over the cells.
+# What is timed. A repeat is one pass over all rows, so that a slow minute hits them alike; a row runs
+# once in every cell of the grid and takes the mean.
 
 
 @dataclass
@@ -109,10 +112,9 @@ class Row:
     name: str
     work: float  # UNet calls an image needs; a backward counts two, recomputed forwards nothing
     action: Callable[[int], object]  # of the cell that the timesteps lie in
-    cells: range
     checkpointing: bool = False  # of the policy's activations
-    seconds: tuple[float, ...] = ()  # of one action, by repeat; empty: out of memory
-    memory: int | None = None  # peak bytes, on a GPU
+    seconds: list[float] | None = field(default_factory=list)  # by repeat; None: out of memory
+    memory: int = 0  # peak bytes in the warm-up; 0: no GPU
 
 
 def adamw(weights: list[torch.nn.Parameter]) -> Callable[[], None]:
@@ -167,48 +169,48 @@ def rows_of(args: argparse.Namespace, policy: UNet2DConditionModel) -> list[Row]
         squared_error(eps(x0, t[k]), x0).mean().backward()
 
     forward = torch.no_grad()(lambda k: eps(x0, t[k]))
-    calls = (args.steps + 1) / 2  # the mean of k + 1
-    one, cells, saves = range(1), range(args.steps), args.gradient_checkpointing
-    how = "" if saves else "no "
+    calls, saves = (args.steps + 1) / 2, args.gradient_checkpointing  # mean of k + 1
+    how = "checkpointing" if saves else "no checkpointing"
     return [
-        Row("UNet forward, no grad", 1, forward, one),
-        Row("forward + backward", 3, forward_backward, one),
-        Row("forward + backward, checkpointing", 3, forward_backward, one, True),
-        Row(f"DDIM inversion, mean of {args.steps} cells", calls, invert, cells),
-        Row(f"micro-step, {how}checkpointing", calls + 4, micro_step, cells, saves),
-        Row("micro-step + AdamW", calls + 4, lambda k: (micro_step(k), step()), cells, saves),
+        Row("UNet forward, no grad", 1, forward),
+        Row("forward + backward", 3, forward_backward),
+        Row("forward + backward, checkpointing", 3, forward_backward, True),
+        Row(f"DDIM inversion, mean of {args.steps} cells", calls, invert),
+        Row(f"micro-step, {how}", calls + 4, micro_step, saves),
+        Row("micro-step + AdamW", calls + 4, lambda k: (micro_step(k), step()), saves),
     ]
 
 
-def measure(rows: list[Row], policy: UNet2DConditionModel, warmup: int, repeats: int):
-    """Fill in seconds and memory; a row that runs out of the GPU's memory keeps none."""
+def measure(rows: list[Row], policy: UNet2DConditionModel, cells: int, warmup: int, repeats: int):
+    """Fill in seconds and memory; a row that ever runs out of the GPU's memory keeps no seconds."""
     gpu = policy.device.type == "cuda"
     wait = torch.cuda.synchronize if gpu else lambda: None
-    total = sum(row.work * len(row.cells) for row in rows) * (warmup + repeats)
-    bar = tqdm(total=total, unit="call", dynamic_ncols=True)
-    for row in rows:
-        bar.set_description(row.name)
-        policy.zero_grad(set_to_none=True)  # no row inherits gradients
-        policy.enable_gradient_checkpointing()
-        if not row.checkpointing:
-            policy.disable_gradient_checkpointing()
-        if gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        seconds = []
-        try:
-            for _ in range(warmup + repeats):
-                wait()
-                start = time.perf_counter()
-                for cell in row.cells:
+    policy.enable_gradient_checkpointing()
+    switches = [m for m in policy.modules() if hasattr(m, "gradient_checkpointing")]
+    total = cells * sum(row.work for row in rows) * (warmup + repeats)
+    bar = tqdm(total=total, unit="call", unit_scale=True, dynamic_ncols=True)
+    for i in range(warmup + repeats):
+        for row in rows:
+            bar.set_description(row.name)
+            policy.zero_grad(set_to_none=True)  # no row inherits gradients
+            for module in switches:  # enabling anew would make a new function, and a new graph
+                module.gradient_checkpointing = row.checkpointing
+            if gpu and i == 0:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            wait()
+            start = time.perf_counter()
+            try:
+                for cell in range(cells if row.seconds is not None else 0):
                     row.action(cell)
                 wait()
-                seconds.append((time.perf_counter() - start) / len(row.cells))
-                bar.update(row.work * len(row.cells))
-            row.seconds = tuple(seconds[warmup:])
-            row.memory = torch.cuda.max_memory_allocated() if gpu else None
-        except torch.OutOfMemoryError:
-            bar.update(row.work * len(row.cells) * (warmup + repeats - len(seconds)))
+                if i >= warmup and row.seconds is not None:
+                    row.seconds.append((time.perf_counter() - start) / cells)
+            except torch.OutOfMemoryError:
+                row.seconds = None
+            if gpu and i == 0:
+                row.memory = torch.cuda.max_memory_allocated()
+            bar.update(row.work * cells)
     bar.close()
 
 
@@ -217,71 +219,76 @@ def measure(rows: list[Row], policy: UNet2DConditionModel, warmup: int, repeats:
 
 
 def device_hours(seconds: float, pairs: int) -> float:
-    """Hours of one device for the published recipe's pairs, at `seconds` a micro-step of `pairs`."""
+    """Hours of one device for all pairs of the published recipe, at `seconds` for `pairs` of them."""
     return RECIPE_PAIRS / pairs * seconds / 3600
+
+
+def ratio(row: Row, unit: Row) -> float:
+    """Median over the repeats of the two rows' ratio in the same repeat; nan where there is none."""
+    if row.seconds is None or unit.seconds is None:
+        return math.nan
+    return median(a / b for a, b in zip(row.seconds, unit.seconds, strict=True))
 
 
 def table(rows: list[Row], images: int, flops: float, peak_tflops: float | None = None) -> str:
     """The rows in Markdown. flops: of a UNet call. FLOP/s and memory only where memory is known."""
-    call, step = (median(row.seconds) if row.seconds else None for row in (rows[0], rows[4]))
     gpu = any(row.memory for row in rows)
-    heads = ["", "seconds", "min-max", "images/s", "in UNet calls", "calls needed", "of micro-step"]
+    heads = ["", "seconds", "min-max", "images/s", "in calls", "needed", "of micro-step"]
     heads += ["TFLOP/s"] * gpu + ["of peak"] * bool(gpu and peak_tflops) + ["peak GiB"] * gpu
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
     for row in rows:
-        if not row.seconds:
+        if row.seconds is None:
             lines.append([row.name, "out of memory"] + [""] * (len(heads) - 2))
             continue
         each = median(row.seconds)
         rate = row.work * images * flops / each / 1e12
-        cells = [row.name, f"{each:.4g}", f"{min(row.seconds):.4g}-{max(row.seconds):.4g}"]
-        cells += [f"{images / each:.4g}", f"{each / call:.2f}", f"{row.work:g}"]
-        cells += [f"{each / step:.1%}" if step else ""] + [f"{rate:.3g}"] * gpu
-        cells += [f"{rate / peak_tflops:.1%}"] if gpu and peak_tflops else []
-        lines.append(cells + [f"{(row.memory or 0) / 2**30:.2f}"] * gpu)
+        line = [row.name, f"{each:.4g}", f"{min(row.seconds):.4g}-{max(row.seconds):.4g}"]
+        line += [f"{images / each:.4g}", f"{ratio(row, rows[0]):.2f}", f"{row.work:g}"]
+        line += [f"{ratio(row, rows[4]):.1%}"] + [f"{rate:.3g}"] * gpu
+        line += [f"{rate / peak_tflops:.1%}"] if gpu and peak_tflops else []
+        lines.append(line + [f"{row.memory / 2**30:.2f}"] * gpu)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = [[c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))]
-               for line in lines]  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in aligned)
+    lines = [[f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join(f"| {' | '.join([line[0].strip().ljust(widths[0]), *line[1:]])} |" for line in lines)
 
 
-def hardware(device: str) -> str:
-    if device == "cuda":
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
         return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    return f"{named[1] if named else platform.processor()}, {torch.get_num_threads()} thread(s)"
+    cpu = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.+)", cpu.read_text() if cpu.exists() else "")
+    return f"{name[1] if name else platform.processor()}, {torch.get_num_threads()} thread(s)"
 
 
-def report(args: argparse.Namespace, argv: list[str], rows: list[Row], parameters: int) -> str:
-    """The page that is printed and that --out writes."""
-    pairs, flops, step = args.micro_batch, call_flops(read_config(args.model)), rows[4].seconds
+def report(args: argparse.Namespace, argv: list[str], rows: list[Row], policy) -> str:
+    """The page that is printed, and written to --out."""
+    pairs, flops, step = args.micro_batch, call_flops(policy.config), rows[4].seconds
+    parameters, device = sum(p.numel() for p in policy.parameters()), policy.device
     projection = "None: the micro-step ran out of memory; lower --micro-batch."
     if step:
-        mid, low, high = (device_hours(f(step), pairs) for f in (median, min, max))
-        projection = (
-            f"{RECIPE_PAIRS:,} pairs, as many as the published recipe sees in 400 steps of 1024, at "
-            f"{median(step):.4g} s for {pairs}:\n**{mid:,.4g} {args.device.upper()}-hours** of this "
-            f"model on this device ({low:,.4g}-{high:,.4g}). Nobody ran them. Not in it: VAE and "
-            "text\nencoders, reading data, optimizer steps, traffic between devices, checkpoints."
-        )
+        hours, low, high = (f"{device_hours(of(step), pairs):,.4g}" for of in (median, min, max))
+        projection = f"""The published recipe sees {RECIPE_PAIRS:,} pairs (400 steps of 1024). At
+{median(step):.4g} s for {pairs} of them that is **{hours} {device.type.upper()}-hours** ({low} to \
+{high}) for this model on this device.
+Not in it: VAE and text encoders, reading of data, optimizer steps, traffic between devices."""
     return f"""# One InPO training step: {args.model}, {pairs} pairs
 
     {shlex.join(["python", "bench.py", *argv])}
 
-{datetime.date.today()}, {hardware(args.device)}, torch {torch.__version__}, {args.dtype}. UNet of
-{parameters / 1e6:,.1f} M parameters, {flops / 1e9:,.4g} GFLOP a call; a call is a forward of one image.
-Inversion on a grid of {args.steps}, eta {args.eta:g}{", compiled" if args.compile else ""}. Median of {args.repeats} \
-repeat(s) after {args.warmup} of warm-up.
+{datetime.date.today()}, {hardware(device)}, torch {torch.__version__}.
+UNet of {parameters / 1e6:,.1f} M parameters in {args.dtype}{", compiled" if args.compile else ""}; a \
+call is the forward of one image, {flops / 1e9:,.4g} GFLOP.
+Inversion on a grid of {args.steps}, eta {args.eta:g}. Median of {args.repeats} after {args.warmup} of \
+warm-up.
 
 {table(rows, 2 * pairs, flops, args.peak_tflops)}
 
-"In UNet calls" is the measured time over that of the first row; "calls needed" is the work, with two
-calls for a backward and none for recomputed activations. TFLOP/s count the calls needed. Memory
-holds policy and reference in every row, gradients in those that go backward, AdamW in the last.
-Compare ratios; the seconds belong to the machine and versions above.
+"In calls" is a time over that of the first row. "Needed" are the calls of the work itself: a
+backward is two, a recomputed activation none; TFLOP/s count these. Memory holds policy and
+reference in every row, gradients where there is a backward, AdamW's state in the last.
+Compare ratios; seconds belong to the machine and the versions above.
 
-## Projection, not a measurement
+## A projection, not a measurement
 
 {projection}
 """
@@ -291,49 +298,65 @@ Compare ratios; the seconds belong to the machine and versions above.
 # Flags.
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add, gpu = parser.add_argument, torch.cuda.is_available()
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", default="sdxl", help="sdxl, sd15, tiny, or a folder in diffusers layout")
-    add("--dtype", choices=DTYPES, default="bf16" if gpu else "fp32", help="of the UNets")
-    add("--micro-batch", type=int, metavar="PAIRS", help="if not given: sdxl 4, sd15 16, tiny 16")
+    add("--dtype", choices=DTYPES, help="of the UNets; if not given: bf16 on a GPU, fp32 on a CPU")
+    add("--micro-batch", type=int, metavar="PAIRS", help="if not given: 4, for sd15 and tiny 16")
     add("--steps", type=int, default=10, metavar="N", help="cells of the inversion's grid")
     add("--eta", type=float, default=0.1, help="noise injected while inverting, 0 to 1")
     add(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        help="in the micro-steps; if not given: not for tiny",
+        "--gradient-checkpointing", action=switch, help="in micro-steps; if not given: not for tiny"
     )
-    add("--compile", action="store_true", help="torch.compile both UNets")
-    add("--repeats", type=int, default=5, metavar="N", help="timed, of each row")
-    add("--warmup", type=int, default=1, metavar="N", help="untimed, before them")
+    add("--compile", action="store_true", help="torch.compile both UNets; warm-up takes minutes")
+    add("--repeats", type=int, default=5, metavar="N", help="timed runs of each row")
+    add("--warmup", type=int, default=1, metavar="N", help="untimed ones before them")
     add("--peak-tflops", type=float, metavar="N", help="the GPU's dense peak in this dtype")
     add("--out", type=Path, metavar="FILE", help="Markdown file for the report")
-    args = parser.parse_args(argv)
-    if args.micro_batch is None:
-        args.micro_batch = {"sd15": 16, "tiny": 16}.get(args.model, 4)
+    return parser
+
+
+def check(args: argparse.Namespace, gpu: bool):
+    """Fill in what depends on model and device. Raises ValueError, a sentence, for a mistake."""
+    args.micro_batch = args.micro_batch or {"sd15": 16, "tiny": 16}.get(args.model, 4)
+    args.dtype = args.dtype or ("bf16" if gpu else "fp32")
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = args.model != "tiny"
-    args.device = "cuda" if gpu else "cpu"
-    for flag, low in (("micro_batch", 1), ("repeats", 1), ("warmup", 0), ("steps", 1)):
-        if getattr(args, flag) < low:
-            parser.error(f"--{flag.replace('_', '-')}: must be at least {low}.")
-    if TIMESTEPS % args.steps:
-        parser.error(f"--steps {args.steps}: must divide the {TIMESTEPS} timesteps.")
+    for flag, least in (("micro_batch", 1), ("repeats", 1), ("warmup", 1)):
+        if getattr(args, flag) < least:
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}.")
+    if args.steps < 1 or TIMESTEPS % args.steps:
+        raise ValueError(f"--steps {args.steps} must divide the {TIMESTEPS} timesteps.")
     if not 0 <= args.eta <= 1:
-        parser.error(f"--eta {args.eta:g}: must lie between 0 and 1.")
+        raise ValueError(f"--eta {args.eta:g} must lie between 0 and 1.")
     if args.peak_tflops is not None and (not gpu or args.peak_tflops <= 0):
-        parser.error("--peak-tflops: a positive number, and there must be a GPU.")
+        raise ValueError("--peak-tflops must be positive, and needs a GPU.")
     if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
-        parser.error(f"--out {args.out}: must be a file in a folder that exists.")
-    return args
+        raise ValueError(f"--out {args.out} must be a file in a folder that exists.")
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
+    argv, flags, gpu = sys.argv[1:] if argv is None else argv, parser(), torch.cuda.is_available()
+    args = flags.parse_args(argv)
     try:
-        policy = build(read_config(args.model), args.device, DTYPES[args.dtype])
-    except model.ModelError as error:
-        sys.exit(fail(error))
-    ...
+        check(args, gpu)
+        torch.manual_seed(0)
+        policy = build(read_config(args.model), "cuda" if gpu else "cpu", DTYPES[args.dtype])
+        rows = rows_of(args, policy)
+        measure(rows, policy, args.steps, args.warmup, args.repeats)
+        if rows[0].seconds is None:
+            raise torch.OutOfMemoryError
+    except torch.OutOfMemoryError:
+        flags.exit(2, "bench.py: error: the GPU's memory is too small; lower --micro-batch.\n")
+    except ValueError as error:  # of check, and model.ModelError
+        flags.exit(2, f"bench.py: error: {error}\n")
+    page = report(args, argv, rows, policy)
+    print(page)
+    if args.out:
+        args.out.write_text(page)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

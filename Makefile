@@ -1,0 +1,34 @@
+# Each target sets up what it needs in .venv; nothing but Python 3.11 or newer has to be there.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test lint bench clean
+
+$(READY): requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+# Align the embedded model, judge it against its start on prompts that alignment never saw.
+demo: $(READY)
+	$(BIN)/deepspeed --quiet train_inpo.py --model tiny --out out/demo/aligned
+	$(BIN)/python evaluate.py --models base=tiny aligned=out/demo/aligned --prompts toy --seeds 16 --out out/demo
+	cp out/demo/aligned/curves.png out/demo/curves.png
+	@echo "Look at out/demo/before_after.png and out/demo/curves.png."
+
+test: $(READY) lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Speed, memory and cost of a training step; on a GPU: make bench BENCH="--model sdxl"
+BENCH ?= --model tiny
+bench: $(READY)
+	$(BIN)/python bench.py $(BENCH)
+
+clean:
+	rm -rf out .venv
