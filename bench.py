@@ -103,8 +103,8 @@ def call_flops(config: dict) -> float:
 
 
 # -------------------------------------------------------------------------------------------------
-# What is timed. A repeat is one pass over all rows, so that a slow minute hits them alike; a row runs
-# once in every cell of the grid and takes the mean.
+# What is timed. A repeat is one pass over all rows, so that a slow minute hits them alike; in it a
+# row runs once in every cell of the grid, and takes the mean.
 
 
 @dataclass
@@ -219,12 +219,12 @@ def measure(rows: list[Row], policy: UNet2DConditionModel, cells: int, warmup: i
 
 
 def device_hours(seconds: float, pairs: int) -> float:
-    """Hours of one device for all pairs of the published recipe, at `seconds` for `pairs` of them."""
+    """Hours of one device for all pairs of the published recipe, at `seconds` per `pairs`."""
     return RECIPE_PAIRS / pairs * seconds / 3600
 
 
 def ratio(row: Row, unit: Row) -> float:
-    """Median over the repeats of the two rows' ratio in the same repeat; nan where there is none."""
+    """Median over the repeats of row / unit within a repeat; nan where either did not fit."""
     if row.seconds is None or unit.seconds is None:
         return math.nan
     return median(a / b for a, b in zip(row.seconds, unit.seconds, strict=True))
@@ -244,12 +244,12 @@ def table(rows: list[Row], images: int, flops: float, peak_tflops: float | None 
         rate = row.work * images * flops / each / 1e12
         line = [row.name, f"{each:.4g}", f"{min(row.seconds):.4g}-{max(row.seconds):.4g}"]
         line += [f"{images / each:.4g}", f"{ratio(row, rows[0]):.2f}", f"{row.work:g}"]
-        line += [f"{ratio(row, rows[4]):.1%}"] + [f"{rate:.3g}"] * gpu
+        line += [f"{ratio(row, rows[4]):.1%}".replace("nan%", "")] + [f"{rate:.3g}"] * gpu
         line += [f"{rate / peak_tflops:.1%}"] if gpu and peak_tflops else []
         lines.append(line + [f"{row.memory / 2**30:.2f}"] * gpu)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines = [[f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join(f"| {' | '.join([line[0].strip().ljust(widths[0]), *line[1:]])} |" for line in lines)
+    name, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
+    lines = [[line[0].ljust(name), *map(str.rjust, line[1:], widths)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def hardware(device: torch.device) -> str:
@@ -263,30 +263,32 @@ def hardware(device: torch.device) -> str:
 def report(args: argparse.Namespace, argv: list[str], rows: list[Row], policy) -> str:
     """The page that is printed, and written to --out."""
     pairs, flops, step = args.micro_batch, call_flops(policy.config), rows[4].seconds
-    parameters, device = sum(p.numel() for p in policy.parameters()), policy.device
+    parameters, compiled = model.count_parameters(policy.config), ", compiled" * args.compile
+    unit = "GPU" if policy.device.type == "cuda" else "CPU"
     projection = "None: the micro-step ran out of memory; lower --micro-batch."
     if step:
         hours, low, high = (f"{device_hours(of(step), pairs):,.4g}" for of in (median, min, max))
-        projection = f"""The published recipe sees {RECIPE_PAIRS:,} pairs (400 steps of 1024). At
-{median(step):.4g} s for {pairs} of them that is **{hours} {device.type.upper()}-hours** ({low} to \
-{high}) for this model on this device.
+        projection = f"""\
+The published recipe sees {RECIPE_PAIRS:,} pairs, 400 steps of 1024. At {median(step):.4g} s for
+every {pairs} of them, this model on this device would take
+**{hours} {unit}-hours** ({low} to {high}).
 Not in it: VAE and text encoders, reading of data, optimizer steps, traffic between devices."""
-    return f"""# One InPO training step: {args.model}, {pairs} pairs
+    return f"""\
+# One InPO training step: {args.model}, {pairs} pairs
 
     {shlex.join(["python", "bench.py", *argv])}
 
-{datetime.date.today()}, {hardware(device)}, torch {torch.__version__}.
-UNet of {parameters / 1e6:,.1f} M parameters in {args.dtype}{", compiled" if args.compile else ""}; a \
-call is the forward of one image, {flops / 1e9:,.4g} GFLOP.
-Inversion on a grid of {args.steps}, eta {args.eta:g}. Median of {args.repeats} after {args.warmup} of \
-warm-up.
+{datetime.date.today()}, {hardware(policy.device)}, torch {torch.__version__}.
+UNet of {parameters / 1e6:,.1f} M parameters, random, {args.dtype}{compiled}.
+A call is the forward of one image, {flops / 1e9:,.4g} GFLOP.
+Inversion on a grid of {args.steps}, eta {args.eta:g}. Medians of {args.repeats} repeat(s) after {args.warmup} of warm-up.
 
 {table(rows, 2 * pairs, flops, args.peak_tflops)}
 
-"In calls" is a time over that of the first row. "Needed" are the calls of the work itself: a
-backward is two, a recomputed activation none; TFLOP/s count these. Memory holds policy and
-reference in every row, gradients where there is a backward, AdamW's state in the last.
-Compare ratios; seconds belong to the machine and the versions above.
+"In calls" is a time over that of the first row, repeat by repeat. "Needed" are the calls of the
+work itself: a backward is two, a recomputed activation none; TFLOP/s count these. Memory, where
+shown, holds policy and reference in every row, gradients after a backward, and AdamW's state in the
+last. Compare ratios; seconds belong to the machine and the versions above.
 
 ## A projection, not a measurement
 
@@ -319,7 +321,8 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace, gpu: bool):
     """Fill in what depends on model and device. Raises ValueError, a sentence, for a mistake."""
-    args.micro_batch = args.micro_batch or {"sd15": 16, "tiny": 16}.get(args.model, 4)
+    if args.micro_batch is None:
+        args.micro_batch = {"sd15": 16, "tiny": 16}.get(args.model, 4)
     args.dtype = args.dtype or ("bf16" if gpu else "fp32")
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = args.model != "tiny"
@@ -341,16 +344,18 @@ def main(argv: list[str] | None = None) -> list[Row]:
     args = flags.parse_args(argv)
     try:
         check(args, gpu)
-        torch.manual_seed(0)
-        policy = build(read_config(args.model), "cuda" if gpu else "cpu", DTYPES[args.dtype])
+        config = read_config(args.model)
+    except ValueError as error:
+        flags.exit(2, f"bench.py: error: {error}\n")
+    torch.manual_seed(0)
+    try:
+        policy = build(config, "cuda" if gpu else "cpu", DTYPES[args.dtype])
         rows = rows_of(args, policy)
         measure(rows, policy, args.steps, args.warmup, args.repeats)
-        if rows[0].seconds is None:
-            raise torch.OutOfMemoryError
     except torch.OutOfMemoryError:
-        flags.exit(2, "bench.py: error: the GPU's memory is too small; lower --micro-batch.\n")
-    except ValueError as error:  # of check, and model.ModelError
-        flags.exit(2, f"bench.py: error: {error}\n")
+        flags.exit(2, "bench.py: error: the GPU's memory is too small for this model.\n")
+    if rows[0].seconds is None:
+        flags.exit(2, "bench.py: error: a forward exceeds the GPU's memory; lower --micro-batch.\n")
     page = report(args, argv, rows, policy)
     print(page)
     if args.out:

@@ -122,22 +122,23 @@ class Run:
 
     # ----- metrics
 
-    def log(self, engine, step: int, stats: list[dict], lr: float, pairs: int):
+    def log(self, engine, step: int, stats: list[dict], lr: float, pairs: int, broken: int):
         """Average the diagnostics of a step over micro-steps and ranks; write them to file, monitor
-        and bar."""
+        and bar.
+
+        pairs: of the step, over all ranks. broken: pairs that this rank dropped for a broken
+        picture."""
         names = list(stats[0])
-        values = torch.stack(
-            [torch.stack([one[name].float() for name in names]) for one in stats]
-        ).mean(0)
+        means = torch.stack([torch.stack([one[name] for name in names]) for one in stats]).mean(0)
+        values = torch.cat([means / dist.get_world_size(), means.new_tensor([broken])])
         dist.all_reduce(values)
-        values = (
-            values / dist.get_world_size()
-        ).tolist()  # the one point a step where the CPU waits
-        now = time.time()
-        line = {"step": step + 1, **dict(zip(names, values, strict=True))}
+        values = values.tolist()  # the one point in a step where the CPU waits
+        line = {"step": step + 1, **dict(zip(names, values, strict=False))}
+        line["broken_pairs"] = int(values[-1])
         line["lr"] = lr
         norm = engine.get_global_grad_norm()
-        line["grad_norm"] = float(norm) if norm is not None else None
+        line["grad_norm"] = None if norm is None else float(norm)
+        now = time.time()
         line["pairs_per_second"] = pairs / (now - self.clock)
         self.clock = now
         if not is_main():

@@ -95,7 +95,7 @@ def train(args: Namespace, todo: plan.Plan):
         job.sample(pipeline, 0, prompts, args.guidance)
 
     for step in range(start, args.steps):
-        stats, lr = [], engine.get_lr()[0]
+        stats, lr, broken = [], engine.get_lr()[0], 0
         for micro in range(todo.accumulation):
             # 1. Draw pairs; winner and loser share the prompt and the timestep.
             batch = next(batches)
@@ -125,8 +125,9 @@ def train(args: Namespace, todo: plan.Plan):
             engine.backward(losses.mean())
             engine.step()
             stats.append({"loss": losses.detach().mean(), **diagnostics})
+            broken += batch["skipped"]
 
-        job.log(engine, step, stats, lr, args.batch)
+        job.log(engine, step, stats, lr, args.batch, broken)
         if due(step + 1, args.sample_every, args.steps):
             job.sample(pipeline, step + 1, prompts, args.guidance)
         if due(step + 1, args.checkpoint_every, args.steps):
@@ -179,7 +180,7 @@ def sample_prompts(args: Namespace) -> list[str]:
     if args.data == "toy":
         import toy
 
-        return toy.prompts("heldout")[::3]
+        return toy.prompts("heldout")[::4]
     return list(PROMPTS)
 
 

@@ -153,7 +153,7 @@ def steps_by_hand(argv: list[str]) -> tuple[dict[str, torch.Tensor], list[float]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_steps_equal_those_written_by_hand(stage, ranks, argv, tmp_path, ds_config, checkpoint):
     command = argv(ds_config=ds_config(stage), micro_batch=2 // ranks, eta=0)
     if ranks == 1:

@@ -1,0 +1,83 @@
+"""What README.md says is there, is there, and its commands are understood."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import loss
+import plan
+from invert import ddim_invert
+
+ROOT = Path(plan.__file__).parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for language, text in BLOCKS
+    if language == "bash"
+    for line in text.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+
+
+def words_after(script: str) -> list[list[str]]:
+    return [words[words.index(script) + 1 :] for words in COMMANDS if script in words]
+
+
+def test_commands_of_the_job_are_understood():
+    commands = words_after("train_inpo.py")
+    assert len(commands) >= 2
+    for words in commands:
+        plan.parse("", words)
+
+
+def test_commands_of_the_evaluation_are_understood(monkeypatch):
+    def stop(args):
+        raise KeyboardInterrupt  # parsed; nothing is to be drawn
+
+    monkeypatch.setattr(evaluate, "check", stop)
+    commands = words_after("evaluate.py")
+    assert commands
+    for words in commands:
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.main(words)
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = [words[1] for words in COMMANDS if words[0] == "make"]
+    assert {"demo", "test"} <= set(named) <= set(targets)
+
+
+def test_no_command_is_of_another_kind():
+    known = {"make", "deepspeed", "python", "pip", "git", "cd"}
+    assert {words[0] for words in COMMANDS} <= known
+
+
+def test_file_map_and_pictures_are_complete():
+    files = {path.name for path in ROOT.glob("*.py")} | {"ds_config.json"}
+    mapped = set(re.findall(r"^(\w+\.(?:py|json))  ", README, re.MULTILINE))
+    assert mapped == files
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / picture).is_file(), picture
+
+
+def test_the_lines_to_copy_run():
+    (lines,) = (text for language, text in BLOCKS if "ddim_invert(" in text)
+    policy = torch.nn.Conv2d(4, 4, 1)
+    names = {
+        "policy": lambda x, t: policy(x),
+        "reference": lambda x, t: policy(x).detach(),
+        "x0": torch.randn(4, 4, 8, 8),
+        "t": torch.tensor([40, 700, 40, 700]),
+        "abar": torch.linspace(0.999, 0.005, 1000),
+        "ddim_invert": ddim_invert,
+        "squared_error": loss.squared_error,
+        "inpo_loss": loss.inpo_loss,
+    }
+    exec(lines, names)
+    assert torch.allclose(names["losses"], torch.full((2,), 2.0).log())
