@@ -281,7 +281,8 @@ Not in it: VAE and text encoders, reading of data, optimizer steps, traffic betw
 {datetime.date.today()}, {hardware(policy.device)}, torch {torch.__version__}.
 UNet of {parameters / 1e6:,.1f} M parameters, random, {args.dtype}{compiled}.
 A call is the forward of one image, {flops / 1e9:,.4g} GFLOP.
-Inversion on a grid of {args.steps}, eta {args.eta:g}. Medians of {args.repeats} repeat(s) after {args.warmup} of warm-up.
+Inversion on a grid of {args.steps}, eta {args.eta:g}.
+Medians of {args.repeats} repeat(s) after {args.warmup} of warm-up.
 
 {table(rows, 2 * pairs, flops, args.peak_tflops)}
 

@@ -114,7 +114,7 @@ class Run:
 
     def __init__(self, out: Path, asked: dict, steps: int):
         self.out, self.steps, self.start = out, steps, 0
-        self.bar, self.clock, self.base_images = None, time.time(), None
+        self.bar, self.clock = None, time.time()
         if is_main():
             for folder in ("samples", "checkpoints"):
                 (out / folder).mkdir(parents=True, exist_ok=True)
@@ -143,10 +143,6 @@ class Run:
         self.clock = now
         if not is_main():
             return
-        if self.bar is None:
-            self.bar = tqdm(
-                total=self.steps, initial=step, desc="InPO", unit="step", dynamic_ncols=True
-            )
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         engine.monitor.write_events(
@@ -207,6 +203,9 @@ class Run:
             (self.out / "metrics.jsonl").write_text(
                 "".join(json.dumps(line) + "\n" for line in kept)
             )
+        self.bar = tqdm(
+            desc="InPO", unit="step", total=self.steps, initial=self.start, disable=not is_main()
+        )
         self.clock = time.time()
         return self.start
 
@@ -217,8 +216,7 @@ class Run:
         and model card."""
         weights = full_weights(engine)
         if is_main():
-            if self.bar is not None:
-                self.bar.close()
+            self.bar.close()
             pipeline.to("cpu", torch.float32)
             model.save_pipeline(pipeline, weights, self.out)
             lines = read_metrics(self.out)

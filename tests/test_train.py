@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -525,3 +526,19 @@ def test_the_launcher_passes_exit_code_2_on(argv):
     child = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=300)
     assert child.returncode == 2
     assert child.stderr.count("train_inpo.py: error: --batch 5") == 1  # rank 0 alone speaks
+
+
+def test_bf16_trains_with_fp32_errors_and_saves_the_fp32_master_weights(
+    argv, tmp_path, monkeypatch, checkpoint
+):
+    # The plan takes fp32 on a CPU, where half precision does not pay; here it is made not to.
+    gpu = SimpleNamespace(device_name=lambda: "cuda")
+    monkeypatch.setattr(plan, "get_accelerator", lambda: gpu)
+    train_inpo.main(argv(steps=3, warmup=1, lr=1e-4))
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-6) and lines[0]["margin"] == 0
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    saved = weights(tmp_path / "run")
+    rounded = {name: value.bfloat16().float() for name, value in saved.items()}
+    assert distance(saved, rounded) > 0  # more digits than bf16 holds
+    assert 0 < distance(saved, weights(checkpoint())) < 1e-2
