@@ -50,13 +50,11 @@ def recipe_of(name: str) -> dict[str, Any]:
 
 
 def recipe_table() -> str:
-    rows = [("recipe (the defaults of --model)", *COLUMNS)]
-    rows += [
-        (f"--{flag.replace('_', '-')}", *map(str, values))
-        for flag, values in RECIPES.items()
-        if flag != "vae"
-    ]
-    return "\n".join("  {:34}{:27}{:27}{}".format(*row) for row in rows)
+    """RECIPES as aligned text, for --help."""
+    rows = [("defaults of --model", *COLUMNS)]
+    rows += [("start, reference", model.PRESETS["sdxl"], model.PRESETS["sd15"], "assets/tiny-sdxl")]
+    rows += [(f"--{flag.replace('_', '-')}", *map(str, values)) for flag, values in RECIPES.items()]
+    return "\n".join("  {:26}{:43}{:43}{}".format(*row) for row in rows)
 
 
 # -------------------------------------------------------------------------------------------------

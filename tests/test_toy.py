@@ -242,7 +242,7 @@ def test_a_flat_image_scores_0(image):
     ids=str,
 )
 def test_static_scores_0(kind):
-    for seed in range(60):
+    for seed in range(40):
         image = Image.fromarray(static(np.random.default_rng(seed), kind).astype(np.uint8))
         assert toy.preference(image) == 0, seed
         assert toy.recognize(image)[1] == "none"
@@ -275,7 +275,7 @@ def test_faithfulness_ignores_place_size_and_quality():
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    return pq.read_table(toy.write_pairs(tmp_path_factory.mktemp("pairs"), 200, seed=3))
+    return pq.read_table(toy.write_pairs(tmp_path_factory.mktemp("pairs"), 120, seed=3))
 
 
 def test_pairs_have_the_columns_of_pick_a_pic(table):
@@ -286,7 +286,7 @@ def test_pairs_have_the_columns_of_pick_a_pic(table):
         "caption": pa.string(),
     }
     assert {field.name: field.type for field in table.schema} == expected
-    assert table.num_rows == 200 and not any(column.null_count for column in table.columns)
+    assert table.num_rows == 120 and not any(column.null_count for column in table.columns)
 
 
 def test_labels_agree_with_the_preference_of_the_stored_bytes(table):
@@ -299,7 +299,7 @@ def test_labels_agree_with_the_preference_of_the_stored_bytes(table):
         counts[row["label_0"]] += 1
         for image in images:  # both show the caption
             assert toy.faithfulness(image, row["caption"]) == 1
-    assert counts[0.5] >= 1 and 60 < counts[0.0] < 140  # neither place is favoured
+    assert counts[0.5] >= 1 and 36 < counts[0.0] < 84  # neither place is favoured
 
 
 def test_a_wider_tie_gives_only_ties_and_no_tie_gives_none(tmp_path):
@@ -310,7 +310,7 @@ def test_a_wider_tie_gives_only_ties_and_no_tie_gives_none(tmp_path):
 
 def test_pairs_use_the_captions_of_their_split_only(table, tmp_path):
     assert set(table["caption"].to_pylist()) <= set(toy.prompts("train"))
-    assert len(set(table["caption"].to_pylist())) > 45
+    assert len(set(table["caption"].to_pylist())) > 40
     heldout = pq.read_table(toy.write_pairs(tmp_path, 30, split="heldout"))["caption"]
     assert set(heldout.to_pylist()) <= set(toy.prompts("heldout"))
 

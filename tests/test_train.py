@@ -447,7 +447,7 @@ def test_help_is_grouped_and_shows_every_default(capsys):
         assert f"\n{group}\n" in text
     for default in ("5000.0", "1.024e-05", "1024", "yuvalkirstain/pickapic_v2", "0.2"):
         assert re.search(rf"\(default:\s+{re.escape(default)}\)", text), default
-    assert "recipe (the defaults of --model)" in text and str(ROOT) not in text
+    assert "defaults of --model" in text and str(ROOT) not in text
 
 
 def table(path: Path, **columns) -> Path:
