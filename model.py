@@ -60,8 +60,7 @@ def _locate(name: str, file: str, what: str) -> str:
 
 
 def architecture(name: str) -> str:
-    """ "sdxl" or "sd15", read from the pipeline's model_index.json. Raises ModelError for anything
-    else."""
+    """The kind, "sdxl" or "sd15", by model_index.json. Raises ModelError for any other pipeline."""
     path = _locate(name, "model_index.json", "diffusers pipeline")
     index = _try(lambda: DiffusionPipeline.load_config(path), f"Cannot read the pipeline '{path}'")
     found = index.get("_class_name", "pipeline without a class")
@@ -73,15 +72,12 @@ def architecture(name: str) -> str:
 
 
 def _place(name: str, part: str) -> tuple[str, str | None]:
-    """(folder or hub id, subfolder) of a pipeline's part ("unet", "vae"), or of a checkpoint that
-    is that part."""
+    """(folder or hub id, subfolder) of a part, "unet" or "vae": in a pipeline, or by itself."""
     if (Path(name) / "config.json").is_file():
         return name, None
     path = _locate(name, f"{part}/config.json", f"{part} checkpoint or pipeline")
-    if not Path(
-        path
-    ).is_dir():  # a hub id: in a pipeline it is a subfolder, alone it is at the root
-        try:
+    if not Path(path).is_dir():
+        try:  # a hub id: in a pipeline the part is a subfolder, alone it is at the root
             UNet2DConditionModel.load_config(path, subfolder=part)
         except OSError:
             return path, None
@@ -89,12 +85,10 @@ def _place(name: str, part: str) -> tuple[str, str | None]:
 
 
 def read_config(name: str, part: str) -> dict:
-    """The configuration of "unet", "vae" or "scheduler", of a pipeline or (unet, vae) a checkpoint
-    of its own."""
+    """The configuration of a part: "unet", "vae" (in a pipeline or by itself) or "scheduler"."""
     path, subfolder = (PRESETS.get(name, name), part) if part == "scheduler" else _place(name, part)
-    loader = (
-        DDIMScheduler if part == "scheduler" else UNet2DConditionModel
-    )  # only their file names matter
+    # The classes matter only for the name of the file: scheduler_config.json or config.json.
+    loader = DDIMScheduler if part == "scheduler" else UNet2DConditionModel
     return _try(
         lambda: loader.load_config(path, subfolder=subfolder), f"Cannot read the {part} of '{path}'"
     )
@@ -115,8 +109,7 @@ def _load(cls, name: str, part: str, dtype: torch.dtype):
 
 
 def load_unet(name: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """The UNet of a pipeline, or of a checkpoint that holds a UNet alone (at its root or in
-    unet/)."""
+    """The UNet of a pipeline, or of a checkpoint that holds a UNet alone."""
     return _load(UNet2DConditionModel, name, "unet", dtype)
 
 
@@ -286,8 +279,10 @@ def save_pipeline(pipeline: DiffusionPipeline, unet_weights: dict[str, Tensor], 
     unet.load_state_dict(unet_weights, assign=True)
     kept = pipeline.unet
     pipeline.register_modules(unet=unet)
-    pipeline.save_pretrained(folder)
-    pipeline.register_modules(unet=kept)
+    try:
+        pipeline.save_pretrained(folder)
+    finally:
+        pipeline.register_modules(unet=kept)
 
 
 def quiet():

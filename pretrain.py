@@ -23,8 +23,9 @@ import toy
 
 
 def write_tokenizer(folder: Path):
-    """A CLIP tokenizer that knows the words of the captions whole and any other text letter by
-    letter."""
+    """A CLIP tokenizer that knows each word of the captions as one token.
+
+    Other words are pieced together from letters and endings; digits and signs are unknown."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     vocab = ["<|startoftext|>", "<|endoftext|>", *letters, *(x + "</w>" for x in letters)]
     merges = []

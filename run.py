@@ -1,5 +1,4 @@
-"""One run's folder: its configuration, metrics, sample pictures, checkpoints, and the pipeline it
-ends with.
+"""One run's folder: configuration, metrics, sample pictures, checkpoints, and the pipeline at last.
 
     run.json                what was asked for; the same command resumes, another one is refused
     metrics.jsonl           one line an optimizer step
@@ -11,7 +10,8 @@ ends with.
 
 Every method is called by all ranks and is safe there: files are written by rank 0, except for
 checkpoints, whose writing is collective. Randomness is a function of (seed, step), so a checkpoint
-holds engine and step, no more."""
+holds engine and step, no more.
+"""
 
 import argparse
 import json
@@ -41,8 +41,7 @@ class RunError(ValueError):
 
 
 def join_ranks():
-    """Join the process group of the launcher (deepspeed, torchrun, srun); a plain `python` is a
-    group of one."""
+    """Join the launcher's process group (deepspeed, torchrun); plain `python` is a group of one."""
     from deepspeed import init_distributed
 
     if "RANK" not in os.environ:
@@ -123,11 +122,9 @@ class Run:
     # ----- metrics
 
     def log(self, engine, step: int, stats: list[dict], lr: float, pairs: int, broken: int):
-        """Average the diagnostics of a step over micro-steps and ranks; write them to file, monitor
-        and bar.
+        """Average the diagnostics over micro-steps and ranks; write them to file, monitor and bar.
 
-        pairs: of the step, over all ranks. broken: pairs that this rank dropped for a broken
-        picture."""
+        pairs: of the step, over all ranks. broken: dropped by this rank for a broken picture."""
         names = list(stats[0])
         means = torch.stack([torch.stack([one[name] for name in names]) for one in stats]).mean(0)
         values = torch.cat([means / dist.get_world_size(), means.new_tensor([broken])])
@@ -160,8 +157,9 @@ class Run:
     def sample(
         self, pipeline, step: int, prompts: list[str], guidance: float, sample_steps: int = 25
     ):
-        """Draw the fixed prompts with fixed seeds and save them beside what the start drew. All
-        ranks draw, since under ZeRO-3 a forward is collective; rank 0 saves."""
+        """Draw fixed prompts with fixed seeds and save them beside what the start drew.
+
+        All ranks draw, since under ZeRO-3 a forward is collective; rank 0 saves."""
         folder, clock = self.out / "samples", time.time()
         images = model.sample(pipeline, prompts, list(range(len(prompts))), sample_steps, guidance)
         if is_main():
@@ -191,8 +189,7 @@ class Run:
         self.clock += time.time() - clock
 
     def resume(self, engine) -> int:
-        """Load the newest checkpoint if there is one. Returns the step to start at; metrics after
-        it are dropped."""
+        """Load the newest checkpoint, if any, and return its step; later metrics are dropped."""
         dist.barrier()
         if (self.out / "checkpoints" / "latest").exists():
             _, state = engine.load_checkpoint(str(self.out / "checkpoints"))
@@ -212,12 +209,13 @@ class Run:
     # ----- the end
 
     def finish(self, engine, pipeline, card: dict):
-        """Write the aligned pipeline, its UNet in fp32 from the optimizer's master weights, curves
-        and model card."""
+        """Write curves, model card and the aligned pipeline, all its parts in fp32."""
         weights = full_weights(engine)
         if is_main():
             self.bar.close()
-            pipeline.to("cpu", torch.float32)
+            for name, part in pipeline.components.items():
+                if isinstance(part, torch.nn.Module) and name != "unet":
+                    part.to("cpu", torch.float32)
             model.save_pipeline(pipeline, weights, self.out)
             lines = read_metrics(self.out)
             figures.curves(lines, self.out / "curves.png", card["title"])
@@ -227,23 +225,21 @@ class Run:
 
 
 def full_weights(engine) -> dict[str, torch.Tensor]:
-    """name -> fp32 tensor on the CPU, gathered from all ranks whatever the ZeRO stage (collective;
-    kept by rank 0)."""
+    """The UNet's tensors by name, fp32 master weights on the CPU, gathered from all ranks.
+
+    Collective, whatever the ZeRO stage; rank 0 has the result."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights = {name: buffer for name, buffer in engine.module.named_buffers()}
     for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(
-            parameter
-        )  # None where no master copy exists: the parameter itself is fp32
+        full = safe_get_full_fp32_param(parameter)  # None: the parameter itself is fp32
         if is_main():
             weights[name] = (parameter if full is None else full).detach().float().cpu()
     return weights
 
 
 def model_card(card: dict, lines: list[dict]) -> str:
-    """README.md of an aligned pipeline: what it is, recipe, data, and the means over the last tenth
-    of the steps."""
+    """README.md of an aligned pipeline: recipe, data, and means over the last tenth of steps."""
     last = lines[-max(1, len(lines) // 10) :]
     names = [name for name in last[-1] if name != "step"]
     means = {
