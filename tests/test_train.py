@@ -25,19 +25,22 @@ import run
 import train_inpo
 
 ROOT = Path(train_inpo.__file__).parent
-ADAMW = {"betas": [0.9, 0.999], "eps": 1e-2, "weight_decay": 0.01, "torch_adam": True}
+ADAMW = {"betas": [0.9, 0.999], "weight_decay": 0.01, "torch_adam": True}
 
 
 @pytest.fixture
 def ds_config(tmp_path):
-    """ds_config(stage) -> a file. AdamW's large eps makes a step a smooth function of the gradient,
-    so that rounding in a gradient near zero does not flip the sign of a whole step."""
+    """ds_config(stage, clipping, key=value, ...) -> a file.
 
-    def write(stage: int = 2, **keys) -> Path:
+    AdamW's eps is as large as the gradients, clipped to norm 1 or not, which makes a step a smooth
+    function of them: rounding near zero does not flip the sign of a step."""
+
+    def write(stage: int = 2, clipping: float = 1.0, **keys) -> Path:
         config = json.loads((ROOT / "ds_config.json").read_text())
         config["zero_optimization"]["stage"] = stage
-        config["optimizer"]["params"] = ADAMW
-        path = tmp_path / f"zero{stage}.json"
+        config["optimizer"]["params"] = ADAMW | {"eps": 1e-2 if clipping else 1.0}
+        config["gradient_clipping"] = clipping
+        path = tmp_path / f"ds_config_{len(list(tmp_path.glob('ds_config_*')))}.json"
         path.write_text(json.dumps(config | keys))
         return path
 
@@ -97,12 +100,14 @@ def launch(argv: list[str], ranks: int, program: str = "train_inpo.py"):
 # The step, against one written by hand.
 
 
-def steps_by_hand(argv: list[str], clipping: float) -> tuple[dict[str, torch.Tensor], list[float]]:
+def steps_by_hand(argv: list[str]) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Weights and losses the script should give, without DeepSpeed, invert.py, loss.py (eta 0)."""
     args = plan.parse("", argv)
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(args.model)
     policy, reference, abar = pipe.unet, copy.deepcopy(pipe.unet), pipe.scheduler.alphas_cumprod
-    adamw = torch.optim.AdamW(policy.parameters(), args.lr, ADAMW["betas"], ADAMW["eps"], 0.01)
+    config = json.loads(Path(args.ds_config).read_text())
+    eps, clipping = config["optimizer"]["params"]["eps"], config["gradient_clipping"]
+    adamw = torch.optim.AdamW(policy.parameters(), args.lr, (0.9, 0.999), eps, 0.01)
     items = data.Pairs(
         data.read_pairs(args.data), 16, args.seed, "center", args.flip, args.caption_dropout
     )
@@ -132,19 +137,19 @@ def steps_by_hand(argv: list[str], clipping: float) -> tuple[dict[str, torch.Ten
                 ).detach()
                 x0 = x0 * pipe.vae.config.scaling_factor
 
-                def eps(unet, x, t, text=text * keep, added=added):
+                def predict(unet, x, t, text=text * keep, added=added):
                     return unet(x, t, text, added_cond_kwargs=added).sample
 
                 xbar, level, shown = x0, torch.zeros(1), torch.zeros_like(t)
                 for to in [*range(99, int(t), 100), int(t)]:
                     with torch.no_grad():
-                        move = eps(policy, xbar / (1 + level**2).sqrt(), shown)
+                        move = predict(policy, xbar / (1 + level**2).sqrt(), shown)
                     xbar = xbar + (sigma[to] - level) * move
                     level, shown = sigma[to], torch.tensor([to])
                 xt, tau = xbar * abar[t].sqrt(), (xbar - x0) / sigma[t]
                 with torch.no_grad():
-                    err_ref = ((eps(reference, xt, t) - tau) ** 2).mean()
-                errors.append(((eps(policy, xt, t) - tau) ** 2).mean() - err_ref)
+                    err_ref = ((predict(reference, xt, t) - tau) ** 2).mean()
+                errors.append(((predict(policy, xt, t) - tau) ** 2).mean() - err_ref)
             loss = torch.log1p(torch.exp(args.beta / 2 * (errors[0] - errors[1]))) / args.batch
             loss.backward()
             losses[-1] += loss.item()
@@ -158,13 +163,12 @@ def steps_by_hand(argv: list[str], clipping: float) -> tuple[dict[str, torch.Ten
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_steps_equal_those_written_by_hand(stage, ranks, argv, tmp_path, ds_config, checkpoint):
     clipping = 0.0 if stage == 2 else 1.0  # clipped gradients do not show a wrong scale
-    config = ds_config(stage, gradient_clipping=clipping)
-    command = argv(ds_config=config, micro_batch=2 // ranks, eta=0)
+    command = argv(ds_config=ds_config(stage, clipping), micro_batch=2 // ranks, eta=0)
     if ranks == 1:
         train_inpo.main(command)
     else:
         launch(command, ranks)
-    expected, losses = steps_by_hand(command, clipping)
+    expected, losses = steps_by_hand(command)
     start = weights(checkpoint())
     moved = distance(expected, start)
     assert moved > 1e-4  # the test would see a step that was left out
