@@ -1,7 +1,7 @@
 """Judge models side by side: images -> scores -> win rates -> table and picture.
 
-    python evaluate.py --models base=assets/tiny-sdxl aligned=out/demo/run \\
-                       --prompts toy --seeds 16 --out out/demo/eval
+    python evaluate.py --models base=assets/tiny-sdxl aligned=out/demo/aligned \\
+                       --prompts toy --seeds 16 --out out/demo
 
 The first model is the baseline. Every model draws the same prompts from the same initial noise, so
 images pair up, and a win rate is the share of pairs that a model wins. Under --out it writes
@@ -287,6 +287,7 @@ def main(argv: list[str] | None = None) -> dict:
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
+    model.quiet()
     images = [
         {"file": f"{k:05d}.png", "prompt": prompts[k % len(prompts)], "seed": args.first_seed + k}
         for k in range(args.seeds * len(prompts))

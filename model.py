@@ -9,6 +9,7 @@ itself uses for "no prompt" when it samples with guidance. For SDXL that is zero
 encodes an empty string."""
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -290,6 +291,7 @@ def quiet():
     import transformers
     from diffusers.utils import logging
 
+    warnings.filterwarnings("ignore", category=FutureWarning)
     for library in (logging, transformers.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

@@ -42,12 +42,14 @@ class RunError(ValueError):
 
 def join_ranks():
     """Join the launcher's process group (deepspeed, torchrun); plain `python` is a group of one."""
-    from deepspeed import init_distributed
+    import deepspeed
 
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    init_distributed(auto_mpi_discovery=False, verbose=False)
+    # On a CPU DeepSpeed would compile its own all-reduce; gloo's needs no C++ compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -123,7 +123,7 @@ def stub(monkeypatch, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model_index.json").write_text("{}")
     (tmp_path / "empty").mkdir()
-    stub = types.SimpleNamespace(calls=[], loaded=[])
+    stub = types.SimpleNamespace(calls=[], loaded=[], quiet=lambda: None)
 
     def architecture(name):
         if not (tmp_path / name / "model_index.json").is_file():
