@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
@@ -463,3 +464,13 @@ def test_the_embedded_model_draws_what_the_caption_says():
     images = model.sample(model.load_pipeline("tiny"), captions, list(range(24)), 25, 2.0)
     right = [toy.faithfulness(*pair) for pair in zip(images, captions, strict=True)]
     assert np.mean(right) >= 0.85
+
+
+def test_pretraining_is_reproducible_from_its_seed(tmp_path):
+    weights = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        pretrain.pretrain(folder, seed=3, n=100, vae_steps=2, unet_steps=2)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+        weights.append(pipeline.unet.state_dict() | pipeline.vae.state_dict())
+        assert pipeline.vae.config.scaling_factor > 0
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
