@@ -173,7 +173,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     parser.set_defaults(**recipe_of(name))
     args = parser.parse_args(argv)
     args.out = Path(args.out or f"out/{Path(args.model).name}-inpo")
-    return args  # fmt: skip
+    return args
 
 
 # -------------------------------------------------------------------------------------------------
@@ -206,11 +206,9 @@ def find_auto(node: Any, place: str = "") -> str | None:
     """The dotted place of the first value "auto" in nested dictionaries and lists."""
     if node == "auto":
         return place
-    items = (
-        node.items()
-        if isinstance(node, dict)
-        else enumerate(node if isinstance(node, list) else ())
-    )
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    items = node.items() if isinstance(node, dict) else ()
     found = (find_auto(child, f"{place}.{key}".lstrip(".")) for key, child in items)
     return next((place for place in found if place is not None), None)
 
@@ -223,9 +221,10 @@ def compute_dtype(ds_config: dict) -> torch.dtype:
 
 
 def state_memory(parameters: int, stage: int, world: int, dtype: torch.dtype) -> float:
-    """GiB on each rank for the full fine-tuning of a UNet, by ZeRO stage: weights and reference
-    (sharded from stage 3), fp32 gradients (from 2), AdamW's two moments and, on half precision, the
-    fp32 master copy (from 1)."""
+    """GiB that a rank holds of a UNet in full fine-tuning, without activations.
+
+    Weights and reference (sharded from ZeRO-3), fp32 gradients (from ZeRO-2), AdamW's two moments
+    and, on half precision, the fp32 master copy (from ZeRO-1)."""
     weights = 2 * dtype.itemsize / (world if stage >= 3 else 1)
     gradients = 4 / (world if stage >= 2 else 1)
     optimizer = (8 + (4 if dtype.itemsize < 4 else 0)) / (world if stage >= 1 else 1)

@@ -165,15 +165,15 @@ class Run:
         folder, clock = self.out / "samples", time.time()
         images = model.sample(pipeline, prompts, list(range(len(prompts))), sample_steps, guidance)
         if is_main():
+            starts = [folder / f"start_{i:02d}.png" for i in range(len(images))]
             if step == 0:
-                for i, image in enumerate(images):
-                    image.save(folder / f"start_{i:02d}.png")
-            rows = [
-                [Image.open(folder / f"start_{i:02d}.png"), image] for i, image in enumerate(images)
-            ]
-            figures.grid(rows, prompts, ["start", f"step {step}"]).save(
-                folder / f"step_{step:06d}.png"
-            )
+                for image, path in zip(images, starts, strict=True):
+                    image.save(path)
+            columns = {f"step {step}": images}
+            if all(path.exists() for path in starts):  # pictures may have been off at first
+                columns = {"start": [Image.open(path) for path in starts], **columns}
+            rows = [list(row) for row in zip(*columns.values(), strict=True)]
+            figures.grid(rows, prompts, list(columns)).save(folder / f"step_{step:06d}.png")
         self.clock += time.time() - clock  # drawing is not training
 
     # ----- checkpoints

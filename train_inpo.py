@@ -205,11 +205,12 @@ def card(args: Namespace, todo: plan.Plan) -> dict:
 
 
 def main(argv: list[str] | None = None):
+    mistakes = (run.RunError, model.ModelError, data.DataError)
     try:
         args = plan.parse(__doc__, argv)
         run.join_ranks()
         todo = plan.check(args)
-    except (run.RunError, model.ModelError, data.DataError) as error:
+    except mistakes as error:  # the same one on every rank
         run.print0(f"train_inpo.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     run.print0(plan.describe(args, todo))
@@ -221,7 +222,11 @@ def main(argv: list[str] | None = None):
         )
         return
     model.quiet()
-    train(args, todo)
+    try:
+        train(args, todo)
+    except mistakes as error:  # perhaps on this rank alone
+        print(f"train_inpo.py: error: rank {dist.get_rank()}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

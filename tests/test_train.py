@@ -519,6 +519,12 @@ def test_each_mistake_gets_one_sentence_and_exit_code_2(mistakes, argv, tmp_path
     assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"
 
 
+def test_missing_weights_get_one_sentence(argv, checkpoint, tmp_path, capsys):
+    shutil.copytree(checkpoint(), tmp_path / "copy")
+    (tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "copy" in refuse(argv(model=tmp_path / "copy"), capsys)
+
+
 def test_a_folder_with_another_run_is_refused_with_the_differing_keys(argv, capsys):
     train_inpo.main(argv(steps=1))
     sentence = refuse(argv(steps=1, beta=501, seed=3), capsys)
