@@ -1,6 +1,7 @@
 """Laws of the job: train_inpo.py, plan.py and run.py, on random checkpoints."""
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -306,21 +307,29 @@ def test_winners_come_first_from_file_to_loss(argv, monkeypatch):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
 def test_both_architectures_and_prediction_types_train(
-    kind, prediction, argv, tmp_path, checkpoint, ds_config
+    kind, prediction, argv, tmp_path, checkpoint, pairs, ds_config, monkeypatch
 ):
-    folder, out = checkpoint(kind, prediction), tmp_path / "run"
-    plain = ds_config(optimizer={"type": "AdamW", "params": {"torch_adam": True}})
-    train_inpo.main(argv(model=folder, lr=1e-3, steps=12, ds_config=plain))
-    lines = metrics(out)
-    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
-    assert lines[0]["implicit_accuracy"] == 0.5 and lines[0]["margin"] == 0
-    assert all(np.isfinite(list(line.values())).all() for line in lines)
-    assert np.mean([line["margin"] for line in lines[-4:]]) > 0  # light wins: that can be learnt
-    assert distance(weights(out), weights(folder)) > 1e-4
-    index = json.loads((out / "model_index.json").read_text())
-    assert (
-        index["_class_name"] == json.loads((folder / "model_index.json").read_text())["_class_name"]
+    """On one pair, always at the same t and with the same noise, the loss falls at every step."""
+    folder, out, one = checkpoint(kind, prediction), tmp_path / "run", tmp_path / "one.parquet"
+    pq.write_table(pq.read_table(pairs).slice(0, 1), one)
+    monkeypatch.setattr(train_inpo, "draw_timesteps", lambda *_: torch.tensor([450]))
+    same = [torch.Generator() for _ in range(2)]
+    monkeypatch.setattr(train_inpo, "generators", lambda *_: [g.manual_seed(0) for g in same])
+    adamw = {"type": "AdamW", "params": {"torch_adam": True}}
+    train_inpo.main(
+        [
+            *argv(model=folder, data=one, batch=1, micro_batch=1, caption_dropout=0, steps=5),
+            *("--no-flip", "--lr=1e-5", f"--ds-config={ds_config(optimizer=adamw)}"),
+        ]
     )
+    lines = metrics(out)
+    losses = [line["loss"] for line in lines]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
+    assert lines[0]["implicit_accuracy"] == 0.5 and lines[0]["margin"] == 0
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
+    assert lines[-1]["implicit_accuracy"] == 1 and distance(weights(out), weights(folder)) > 0
+    index, start = (json.loads((x / "model_index.json").read_text()) for x in (out, folder))
+    assert index["_class_name"] == start["_class_name"]
     scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == prediction
 
