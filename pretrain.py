@@ -143,11 +143,9 @@ def train_vae(vae, images, steps: int, batch: int = 16, lr: float = 1.5e-3):
 def train_unet(
     pipeline, latents, captions: list[str], steps: int, batch: int = 64, lr: float = 1e-3
 ):
-    """Ordinary epsilon training of UNet and text encoders; one caption in ten is replaced by SDXL's
-    zeros.
+    """Ordinary epsilon training of UNet and text encoders, one caption in ten SDXL's zeros.
 
-    Weights are averaged exponentially (0.999 a step) and the average is what stays in the
-    pipeline."""
+    Weights are averaged exponentially, 0.999 a step; the average stays in the pipeline."""
     names = sorted(set(captions))
     ids = pipeline.tokenizer(names, padding="max_length", return_tensors="pt").input_ids
     index = torch.tensor([names.index(caption) for caption in captions])
@@ -162,20 +160,17 @@ def train_unet(
     average = None
     for _ in (bar := tqdm(range(steps), desc="UNet")):
         rows = torch.randint(len(latents), (batch,))
-        x0, t, noise = (
-            latents[rows],
-            torch.randint(len(abar), (batch,)),
-            torch.randn(batch, *latents.shape[1:]),
-        )
+        t = torch.randint(len(abar), (batch,))
+        x0, noise = latents[rows], torch.randn(batch, *latents.shape[1:])
         signal = abar[t].view(-1, 1, 1, 1)
         xt = signal.sqrt() * x0 + (1 - signal).sqrt() * noise
         keep = (torch.rand(batch) >= 0.1).float().unsqueeze(1)
         with torch.autocast("cpu", torch.bfloat16):
-            first = pipeline.text_encoder(
-                ids[index[rows]], output_hidden_states=True
-            ).hidden_states[-2]
-            second = pipeline.text_encoder_2(ids[index[rows]], output_hidden_states=True)
-            text = torch.cat([first, second.hidden_states[-2]], dim=-1) * keep.unsqueeze(2)
+            words = ids[index[rows]]
+            first = pipeline.text_encoder(words, output_hidden_states=True)
+            second = pipeline.text_encoder_2(words, output_hidden_states=True)
+            text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+            text = text * keep.unsqueeze(2)
             added = {"text_embeds": second.text_embeds * keep, "time_ids": time_ids}
             eps = pipeline.unet(xt, t, text, added_cond_kwargs=added, return_dict=False)[0].float()
         loss = (eps - noise).square().mean()
@@ -196,13 +191,11 @@ def pretrain(
     seed: int = 0,
     n: int = 20_000,
     vae_steps: int = 3000,
-    unet_steps: int = 5000,
+    unet_steps: int = 3600,
 ):
-    """Draw n pictures, train the VAE, then UNet and text encoders on its latents; save a diffusers
-    pipeline.
+    """Draw n pictures, train the VAE, then UNet and text encoders on its latents; save all of it.
 
-    UNet and VAE are kept in fp16, the small text encoders in fp32. About 45 minutes on two
-    cores."""
+    UNet and VAE are kept in fp16, the small text encoders in fp32."""
     rng, every, folder = np.random.default_rng([seed, 0]), toy.prompts(), Path(folder)
     captions = [every[i % len(every)] for i in range(n)]
     pixels = np.stack([np.asarray(toy.draw(caption, rng)) for caption in captions])
