@@ -44,6 +44,7 @@ COLUMNS = ("sdxl", "sd15", "tiny")
 
 def recipe_of(name: str) -> dict[str, Any]:
     """The recipe of a preset, or of the architecture of a folder or hub id (with its own VAE)."""
+    name = next((preset for preset in COLUMNS if model.PRESETS[preset] == name), name)
     if name in COLUMNS:
         return {flag: values[COLUMNS.index(name)] for flag, values in RECIPES.items()}
     return recipe_of(model.architecture(name)) | {"vae": None}

@@ -452,6 +452,8 @@ def test_the_published_recipe_is_the_default():
             0.2,
         )
     assert sdxl.vae == "madebyollin/sdxl-vae-fp16-fix" and sd15.vae is None
+    by_id = plan.parse("", ["--model=stabilityai/stable-diffusion-xl-base-1.0"])
+    assert by_id.vae == sdxl.vae  # the same model by its hub id
 
 
 def test_help_is_grouped_and_shows_every_default(capsys):
