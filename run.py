@@ -106,8 +106,10 @@ def finished(out: Path, steps: int) -> bool:
 
 
 def read_metrics(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without a last one that a kill cut short."""
     file = out / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 class Run:
@@ -199,9 +201,9 @@ class Run:
             print0(f"Resuming {self.out} at step {self.start} of {self.steps}.")
         if is_main():
             kept = [line for line in read_metrics(self.out) if line["step"] <= self.start]
-            (self.out / "metrics.jsonl").write_text(
-                "".join(json.dumps(line) + "\n" for line in kept)
-            )
+            scratch = self.out / "metrics.jsonl.new"
+            scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            scratch.replace(self.out / "metrics.jsonl")
         self.bar = tqdm(
             desc="InPO", unit="step", total=self.steps, initial=self.start, disable=not is_main()
         )

@@ -193,6 +193,8 @@ def test_a_run_that_was_stopped_and_resumed_is_bitwise_the_undisturbed_one(argv,
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     train_inpo.main(argv(out=whole, steps=4, checkpoint_every=2))
     train_inpo.main(argv(out=halves, steps=2, checkpoint_every=2))
+    with open(halves / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')  # a kill cut this line short
     train_inpo.main(argv(out=halves, steps=4, checkpoint_every=2))
     assert distance(weights(whole), weights(halves)) == 0
     same = [
