@@ -68,7 +68,7 @@ def kto_loss(
     weight_liked: float = 1.0,
     weight_disliked: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Diffusion-KTO with the sigmoid utility, as released (2404.04465, eq. 10).
+    """Diffusion-KTO with the sigmoid utility, as released (2404.04465).
 
     g = err_ref - err,   h = sigmoid(beta s (g - kl)),   loss = w (1 - h)
     with s = +1 for a liked and -1 for a disliked image

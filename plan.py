@@ -18,7 +18,7 @@ import run
 from run import RunError
 
 # -------------------------------------------------------------------------------------------------
-# Recipes: the published ones (InPO, appendix and released launch files), and one for two CPU cores.
+# Recipes: the published ones for SDXL and SD1.5, and one for two CPU cores.
 
 PICK = "yuvalkirstain/pickapic_v2"
 RECIPES = {  # flag:              SDXL         SD1.5      tiny
@@ -72,105 +72,61 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
         description=description, epilog=recipe_table(), formatter_class=run.HelpFormatter
     )
     switch = argparse.BooleanOptionalAction
+    # fmt: off
 
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--model",
-        default="sdxl",
-        help="sdxl, sd15, tiny, a hub id, or a folder in diffusers layout; picks the recipe",
-    )
-    add(
-        "--unet",
-        metavar="PATH",
-        help="UNet (folder or hub id) in place of the pipeline's, as start and as reference",
-    )
-    add(
-        "--vae",
-        metavar="PATH",
-        help="VAE checkpoint in place of the pipeline's (SDXL's own overflows in fp16)",
-    )
+    add("--model", default="sdxl",
+        help="sdxl, sd15, tiny, a hub id, or a folder in diffusers layout; picks the recipe")
+    add("--unet", metavar="PATH",
+        help="UNet (folder or hub id) in place of the pipeline's, as start and as reference")
+    add("--vae", metavar="PATH",
+        help="VAE checkpoint in place of the pipeline's (SDXL's own overflows in fp16)")
     add("--gradient-checkpointing", action=switch, help="less memory for a quarter more work")
 
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--data",
-        metavar="PATH",
+    add("--data", metavar="PATH",
         help="pairs in Pick-a-Pic v2's columns: hub id, .parquet file, folder of them, folder "
-        "saved by datasets; 'toy' draws the tiny model's",
-    )
+             "saved by datasets; 'toy' draws the tiny model's")
     add("--split", default="train", help="split of a hub id or DatasetDict")
-    add(
-        "--resolution",
-        type=int,
-        metavar="PIXELS",
-        help="side of the square; if not given the model's own (SDXL 1024, SD1.5 512, tiny 64)",
-    )
-    add(
-        "--crop",
-        choices=("center", "random"),
-        default="center",
-        help="what is kept once the shorter side has that length",
-    )
+    add("--resolution", type=int, metavar="PIXELS",
+        help="side of the square; if not given the model's own (SDXL 1024, SD1.5 512, tiny 64)")
+    add("--crop", choices=("center", "random"), default="center",
+        help="what is kept once the shorter side has that length")
     add("--flip", action=switch, default=True, help="mirror half of the pairs")
-    add(
-        "--caption-dropout",
-        type=float,
-        metavar="P",
-        help="share of the pairs, 0 to 1, that are trained without their caption",
-    )
+    add("--caption-dropout", type=float, metavar="P",
+        help="share of the pairs, 0 to 1, that are trained without their caption")
     add("--workers", type=int, metavar="N", help="loader processes per rank")
 
     add = parser.add_argument_group("objective: InPO").add_argument
-    add(
-        "--beta",
-        type=float,
-        help="strength, per mean squared error; a larger one stays closer to the reference",
-    )
-    add(
-        "--inversion-steps",
-        type=int,
-        metavar="N",
-        help="cells of the inversion's grid over all timesteps; must divide them",
-    )
+    add("--beta", type=float,
+        help="strength, per mean squared error; a larger one stays closer to the reference")
+    add("--inversion-steps", type=int, metavar="N",
+        help="cells of the inversion's grid over all timesteps; must divide them")
     add("--eta", type=float, help="noise injected while inverting, from 0 (none) to 1 (DDPM's)")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=int, metavar="N", help="optimizer steps")
     add("--batch", type=int, metavar="PAIRS", help="pairs per optimizer step, over all ranks")
-    add(
-        "--micro-batch",
-        type=int,
-        metavar="PAIRS",
-        help="pairs per rank and forward; the rest of the batch is accumulated",
-    )
+    add("--micro-batch", type=int, metavar="PAIRS",
+        help="pairs per rank and forward; the rest of the batch is accumulated")
     add("--lr", type=float, help="learning rate of AdamW, constant after the warm-up")
     add("--warmup", type=int, metavar="N", help="optimizer steps of linear warm-up")
     add("--seed", type=int, default=0, help="of everything random")
-    add(
-        "--ds-config",
-        metavar="FILE",
-        default="ds_config.json",
-        help="DeepSpeed's: ZeRO stage, precision, weight decay, clipping, monitors",
-    )
+    add("--ds-config", metavar="FILE", default="ds_config.json",
+        help="DeepSpeed's: ZeRO stage, precision, weight decay, clipping, monitors")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="FOLDER", help="the run's folder (if not given: out/MODEL-inpo)")
     add("--checkpoint-every", type=int, metavar="N", help="optimizer steps; 0: never")
-    add(
-        "--sample-every",
-        type=int,
-        metavar="N",
-        help="optimizer steps between sample pictures; 0: none",
-    )
+    add("--sample-every", type=int, metavar="N",
+        help="optimizer steps between sample pictures; 0: none")
     add("--sample-prompts", metavar="FILE", help="a prompt a line, for the sample pictures")
-    add(
-        "--guidance",
-        type=float,
-        metavar="W",
-        help="scale of classifier-free guidance of the sample pictures",
-    )
+    add("--guidance", type=float, metavar="W",
+        help="scale of classifier-free guidance of the sample pictures")
     add("--dry-run", action="store_true", help="print the plan, check every input, and stop")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
+    # fmt: on
+
     parser.set_defaults(**recipe_of(name))
     args = parser.parse_args(argv)
     args.out = Path(args.out or f"out/{Path(args.model).name}-inpo")
