@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data
 import model
@@ -396,9 +397,10 @@ def test_a_run_leaves_metrics_pictures_checkpoints_and_a_card(argv, tmp_path, ca
     names = {path.name for path in (out / "samples").glob("step_*")}
     assert names == {"step_000000.png", "step_000002.png", "step_000003.png"}
     assert len(list((out / "checkpoints").glob("step_*"))) == 2  # the newest two
-    assert (
-        list((out / "tensorboard").glob("events*")) and (out / "curves.png").stat().st_size > 1000
-    )
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("inpo/loss")] == [1, 2, 3]
+    assert events.Scalars("inpo/loss")[2].value == pytest.approx(metrics(out)[2]["loss"])
+    assert (out / "curves.png").stat().st_size > 1000
     card = (out / "README.md").read_text()
     for words in (
         "| beta | 500.0 |",
