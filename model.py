@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -28,6 +29,9 @@ PRESETS = {
 ARCHITECTURES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
 
 
+UNREACHABLE = "the hub cannot be reached; check the network, or name a local folder."
+
+
 class ModelError(ValueError):
     """A model that cannot be used: one sentence that names it and the fix."""
 
@@ -36,12 +40,21 @@ class ModelError(ValueError):
 # Load: a preset, a hub id, or a folder in diffusers layout.
 
 
+def _unreachable(error: BaseException | None) -> bool:
+    """Whether an error comes of a hub that cannot be reached, the file not being in its cache."""
+    while error is not None and not isinstance(error, LocalEntryNotFoundError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _try(action: Callable, sentence: str):
     """action(), with the libraries' many errors made one sentence."""
     try:
         return action()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if _unreachable(error):
+            reason = UNREACHABLE
         raise ModelError(f"{sentence}: {reason}") from error
 
 
@@ -80,7 +93,9 @@ def _place(name: str, part: str) -> tuple[str, str | None]:
     if not Path(path).is_dir():
         try:  # a hub id: in a pipeline the part is a subfolder, alone it is at the root
             UNet2DConditionModel.load_config(path, subfolder=part)
-        except OSError:
+        except OSError as error:
+            if _unreachable(error):
+                raise ModelError(f"Cannot load the {part} of '{path}': {UNREACHABLE}") from error
             return path, None
     return path, part
 

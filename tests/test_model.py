@@ -176,7 +176,7 @@ def sample_prediction(folder):
 MISTAKES = {
     missing: "Unknown diffusers pipeline",
     unknown: "use sdxl, sd15, tiny, a folder in diffusers layout, or a hub id",
-    on_the_hub_only: "Cannot read the pipeline",
+    on_the_hub_only: "the hub cannot be reached",
     no_pipeline: "it has no model_index.json",
     another_class: "is a FluxPipeline; StableDiffusionXLPipeline and StableDiffusionPipeline can",
     no_class: "is a pipeline without a class; StableDiffusionXLPipeline",
