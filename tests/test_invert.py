@@ -333,6 +333,13 @@ def test_no_gradient_flows():
     assert torch.is_grad_enabled() and all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("t", [-1, 1000])
+def test_a_timestep_outside_the_schedule_is_refused(t):
+    x0 = normal(2, 1, 2, 2)
+    with pytest.raises(ValueError, match="t must lie in 0..999"):
+        ddim_invert(Always(x0), x0, torch.tensor([5, t]), ABAR)
+
+
 # --------------------------------------------------------------------------------------------------
 # The two files stand alone.
 

@@ -259,3 +259,12 @@ def test_odd_or_unequal_shapes_raise(loss, shapes):
 def test_sft_of_an_odd_number_of_images_raises():
     with pytest.raises(ValueError, match="one error per image"):
         sft_loss(torch.ones(5))
+
+
+def test_kto_needs_one_bool_per_image_and_is_exact_far_from_the_reference():
+    err, err_ref = torch.tensor([0.0, 0.0]), torch.tensor([20.0, 20.0])
+    with pytest.raises(ValueError, match="liked holds one bool per image"):
+        kto_loss(err, err_ref, 1.0, liked=torch.ones(2, 1, dtype=torch.bool))
+    losses, _ = kto_loss(err, err_ref, 1.0, kl=torch.tensor(0.0))
+    expected = torch.sigmoid(torch.tensor([-20.0, 20.0], dtype=torch.float64))
+    assert torch.allclose(losses.double(), expected, rtol=1e-5, atol=0)
