@@ -10,6 +10,7 @@ whether the shape and the colour are those of the caption, is a second exact fun
 picture, and alignment must not harm it."""
 
 import argparse
+import functools
 import io
 import math
 import tempfile
@@ -162,6 +163,14 @@ def silhouette(mask: np.ndarray) -> np.ndarray:
     return np.asarray(box.resize((32, 32), Image.Resampling.NEAREST)) > 127
 
 
+@functools.cache
+def template(shape: str) -> np.ndarray:
+    """The silhouette of a shape drawn large."""
+    canvas = Image.new("L", (128, 128))
+    ImageDraw.Draw(canvas).polygon(outline(shape, 64, 64, 60), fill=255)
+    return silhouette(np.asarray(canvas) > 127)
+
+
 def recognize(image: Image.Image) -> tuple[str, str]:
     """(color, shape) seen in an image, or ("none", "none") where nothing stands out from the
     background.
@@ -178,10 +187,8 @@ def recognize(image: Image.Image) -> tuple[str, str]:
     color = min(HUES, key=lambda name: abs((hue - HUES[name] + 180) % 360 - 180))
     seen, best, shape = silhouette(mask), 0.65, "none"
     for name in SHAPES:
-        canvas = Image.new("L", (128, 128))
-        ImageDraw.Draw(canvas).polygon(outline(name, 64, 64, 60), fill=255)
-        template = silhouette(np.asarray(canvas) > 127)
-        overlap = (seen & template).sum() / (seen | template).sum()
+        ideal = template(name)
+        overlap = (seen & ideal).sum() / (seen | ideal).sum()
         if overlap > best:
             best, shape = overlap, name
     return color, shape
