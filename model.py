@@ -178,8 +178,7 @@ def second_encoder(pipeline: DiffusionPipeline) -> torch.nn.Module | None:
 
 
 def alphas_cumprod(pipeline: DiffusionPipeline) -> Tensor:
-    """abar, (T,) fp32. Schedules rescaled to zero terminal SNR end on 2^-24 instead of 0, to keep
-    sigma finite."""
+    """abar, (T,) fp32, at least 2^-24: sigma stays finite where a schedule ends on zero SNR."""
     return pipeline.scheduler.alphas_cumprod.float().clamp(min=2**-24)
 
 
@@ -189,8 +188,7 @@ def alphas_cumprod(pipeline: DiffusionPipeline) -> Tensor:
 
 @torch.no_grad()
 def encode_prompts(pipeline: DiffusionPipeline, captions: list[str], size: int) -> dict:
-    """The UNet's conditioning for captions (B), with SDXL's sizes all `size` pixels and its crop at
-    (0, 0).
+    """The UNet's conditioning for captions (B); SDXL's sizes are `size` pixels, its crop (0, 0).
 
     Returns {"encoder_hidden_states": (B, L, D)}, for SDXL also {"added_cond_kwargs":
     {"text_embeds": (B, E), "time_ids": (B, 6)}}, in the dtype of the text encoders. An empty
@@ -209,8 +207,7 @@ def encode_prompts(pipeline: DiffusionPipeline, captions: list[str], size: int) 
 
 
 def repeat(cond: dict, times: int = 2) -> dict:
-    """cond for `times` copies of the batch, one after the other: winners, then losers of the same
-    prompts."""
+    """cond for `times` copies of the batch, one after the other: winners, then losers."""
     return {
         key: repeat(value, times) if isinstance(value, dict) else torch.cat([value] * times)
         for key, value in cond.items()
@@ -221,11 +218,10 @@ def repeat(cond: dict, times: int = 2) -> dict:
 def encode_images(
     pipeline: DiffusionPipeline, pixels: Tensor, generator: list[torch.Generator] | None = None
 ) -> Tensor:
-    """x0 = scaling_factor * z, z ~ VAE posterior. pixels: (B, 3, H, W) in [-1, 1]. Returns (B, C,
-    h, w) fp32.
+    """x0 = scaling_factor * z, with z drawn from the VAE's posterior of each image.
 
-    generator: one per image, on any device. One image at a time, which bounds the memory at 1024
-    px."""
+    pixels: (B, 3, H, W) in [-1, 1]. generator: one per image, on any device. Returns (B, C, h, w)
+    fp32. One image at a time, which bounds the memory at 1024 px."""
     vae = pipeline.vae
     latents = []
     for i, image in enumerate(pixels.to(vae.device, vae.dtype).split(1)):
@@ -241,8 +237,9 @@ def encode_images(
 def predict_noise(
     unet, x: Tensor, t: Tensor, cond: dict, abar: Tensor, prediction_type: str = "epsilon"
 ) -> Tensor:
-    """eps_theta(x_t, t, cond) of an epsilon or a v model: eps = sqrt(abar_t) v + sqrt(1 - abar_t)
-    x_t.
+    """The noise eps_theta(x_t, t, cond) that an epsilon or a v model (2202.00512) predicts.
+
+    eps = sqrt(abar_t) v + sqrt(1 - abar_t) x_t   for a model whose output is v
 
     unet: the module, or an engine around it. x: (B, C, h, w). t: (B,) int64. cond: B rows, its
     dtype is the UNet's. abar: (T,). Returns (B, C, h, w) fp32. Called with `return_dict=False` and

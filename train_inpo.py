@@ -11,8 +11,9 @@ and 2 are in invert.py, Step 3 in loss.py. Where the job departs from the releas
 1. All pairs of a micro-step, on all ranks, have a timestep in the same cell of the inversion's
    grid, so that all take the same number of UNet calls. Cells are visited in random permutations:
    the marginal of t stays uniform.
-2. What is random of a pair (crop, flip, dropout, t, noise) is a function of the seed and the pair's
-   number in the run: it does not depend on the number of ranks, and a run resumes by index.
+2. What is random of a pair (crop, flip, dropout, noise, place of t in its cell) is a function of
+   the seed and the pair's number in the run: a run resumes by index, and does not depend on the
+   number of ranks as long as --micro-batch x ranks stays the same.
 3. AdamW for SDXL too. Under ZeRO, Adafactor would see flat partitions: another algorithm than the
    published one.
 4. Warm-up counts optimizer steps, whatever the number of processes, and its first step moves.
@@ -142,8 +143,9 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 def start_engine(unet: torch.nn.Module, args: Namespace, ds_config: dict):
-    """(policy in a DeepSpeed engine, frozen reference); under ZeRO-3 the reference is sharded too,
-    otherwise it is a plain module."""
+    """(policy in a DeepSpeed engine, frozen reference), both on the device.
+
+    Under ZeRO-3 the reference is sharded as well, otherwise it is a plain module."""
     reference = copy.deepcopy(unet)
     unet.requires_grad_(True)
     if args.gradient_checkpointing:
@@ -188,13 +190,12 @@ def card(args: Namespace, todo: plan.Plan) -> dict:
     """What the model card says of this run."""
     import diffusers
 
+    hub = {name: model.PRESETS[name] for name in ("sdxl", "sd15")} | {"tiny": "tiny-sdxl"}
     recipe = {key: value for key, value in plan.asked(args).items() if key != "ds_config"}
     argv = [word for word in sys.argv if not word.startswith("--local_rank")]
     return {
         "title": f"{Path(args.model).name}-inpo",
-        "base_model": "tiny-sdxl"
-        if args.model == "tiny"
-        else model.PRESETS.get(args.model, args.model),
+        "base_model": hub.get(args.model, args.model),
         "data": args.data,
         "pairs": len(todo.pairs),
         "command": f"deepspeed {shlex.join(argv)}",

@@ -258,7 +258,7 @@ def test_t_and_noise_follow_from_seed_and_pair_number_alone():
     assert not torch.equal(both[0], both[2])
 
 
-def test_all_ranks_take_the_same_number_of_unet_calls(argv, tmp_path, monkeypatch):
+def test_all_ranks_take_the_same_number_of_unet_calls():
     # Ranks 0 and 1 of 2 draw different t from one cell, in every micro-step.
     for micro_step in range(30):
         cell = train_inpo.stratum(0, micro_step, 10)
