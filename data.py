@@ -33,7 +33,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from workers import Loader, Spawn, leave_if_orphaned
+from system.files import UserError
+from system.workers import Loader, Spawn, leave_if_orphaned
 
 if TYPE_CHECKING:  # imported where they are used: they take a second
     import datasets
@@ -46,14 +47,6 @@ GONE = "it was taken off the hub in 2025: give --data FOLDER, a copy of its parq
 BROKEN_LIMIT = 100  # broken pairs in a row after which the data are at fault, not a picture
 
 
-class DataError(ValueError):
-    """Data that cannot be used: one sentence that names the file, row or column, and the fix."""
-
-    def __init__(self, message: str):
-        # The DataLoader rebuilds a worker's exception from its traceback's text; keep the sentence.
-        super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
-
-
 # --------------------------------------------------------------------------------------------------
 # Reading: columns and labels are checked before a cache (335 GB for Pick-a-Pic) is built.
 
@@ -64,7 +57,7 @@ def read_pairs(source: str, split: str = "train", copy: bool = True) -> "dataset
     source: a .parquet file; a folder of them, searched recursively and sorted (where they have hub
     names, train-00000-of-00645.parquet, those of `split`); a folder by datasets' save_to_disk; or a
     hub id. Columns: jpg_0, jpg_1 encoded bytes, label_0 1.0 (image 0 won), 0.0 (image 1 won) or 0.5
-    (tie), caption. The result's `.info.description` counts pairs and ties. Raises DataError.
+    (tie), caption. The result's `.info.description` counts pairs and ties. Raises UserError.
 
     Disk: parquet is copied once, at about its size (335 GB for Pick-a-Pic v2), into the Arrow cache
     in HF_DATASETS_CACHE (else HF_HOME/datasets), and stays; a hub id is downloaded first, to
@@ -76,7 +69,7 @@ def read_pairs(source: str, split: str = "train", copy: bool = True) -> "dataset
     path = Path(source).expanduser()
     try:
         dataset = _open(path, str(source), split, copy)
-    except DataError:
+    except UserError:
         raise
     except Exception as error:  # of datasets and the hub, which have no common class
         generic = isinstance(error, datasets.exceptions.DatasetGenerationError)
@@ -86,12 +79,12 @@ def read_pairs(source: str, split: str = "train", copy: bool = True) -> "dataset
         if source == PICKAPIC and isinstance(error, unreached):  # yuvalkirstain/PickScore#36
             reason += f"; {GONE}"
         absent = "" if path.exists() else "is no file or folder here and "
-        raise DataError(f"{source} {absent}cannot be read: {reason}.") from error
+        raise UserError(f"{source} {absent}cannot be read: {reason}.") from error
     labels = _check_labels(dataset.with_format("arrow")["label_0"], source)
     decided = np.flatnonzero(labels != 0.5)
     ties = f"{len(labels) - len(decided)} of {len(labels)} rows are ties (label_0 0.5)"
     if not len(decided):
-        raise DataError(f"{source} has no pair left: {ties}; give data with winners.")
+        raise UserError(f"{source} has no pair left: {ties}; give data with winners.")
     dataset = dataset.select(decided)
     dataset.info.description = f"{len(decided)} pairs; {ties}"
     return dataset
@@ -102,7 +95,7 @@ def _open(path: Path, source: str, split: str, copy: bool) -> "datasets.Dataset"
 
     if not path.exists():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) or path.suffix == ".parquet":
-            raise DataError(f"{source} does not exist; give a file, a folder or a hub id.")
+            raise UserError(f"{source} does not exist; give a file, a folder or a hub id.")
         if features := datasets.load_dataset_builder(source).info.features:  # before the download
             _check_columns(features.arrow_schema, source)
         dataset = datasets.load_dataset(source, split=split)
@@ -110,7 +103,7 @@ def _open(path: Path, source: str, split: str, copy: bool) -> "datasets.Dataset"
         dataset = datasets.load_from_disk(str(path))
         if isinstance(dataset, datasets.DatasetDict):
             if split not in dataset:
-                raise DataError(f"{path} has no split '{split}', it has {', '.join(dataset)}.")
+                raise UserError(f"{path} has no split '{split}', it has {', '.join(dataset)}.")
             dataset = dataset[split]
     else:
         labels = _check_files(path, split)
@@ -133,7 +126,7 @@ def _check_files(path: Path, split: str) -> dict[str, np.ndarray]:
         files = [file for file in files if splits.get(file) == split]
     if not files:
         found = ", ".join(sorted(set(splits.values()))) or "no .parquet file and no saved dataset"
-        raise DataError(f"{path} has no pairs of split '{split}', it holds {found}.")
+        raise UserError(f"{path} has no pairs of split '{split}', it holds {found}.")
     labels = {}
     for file in files:
         with _parquet(file) as parquet:
@@ -141,24 +134,24 @@ def _check_files(path: Path, split: str) -> dict[str, np.ndarray]:
             labels[str(file)] = _check_labels(parquet.read(["label_0"])["label_0"], file)
     labels = {file: column for file, column in labels.items() if len(column)}
     if not labels:  # datasets cannot read a file without rows
-        raise DataError(f"{path} has no pair left: it has no rows.")
+        raise UserError(f"{path} has no pair left: it has no rows.")
     return labels
 
 
 @contextlib.contextmanager
 def _parquet(file: str | Path):
-    """A pyarrow.parquet.ParquetFile; DataError where it cannot be read."""
+    """A pyarrow.parquet.ParquetFile; UserError where it cannot be read."""
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
             yield parquet
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file} is no readable parquet file; copy it again.") from error
+        raise UserError(f"{file} is no readable parquet file; copy it again.") from error
 
 
 def _copied(path: Path, files: list[str]) -> "datasets.Dataset":
-    """The files in datasets' Arrow cache, which has a row in 0.2 ms. DataError for a full disk.
+    """The files in datasets' Arrow cache, which has a row in 0.2 ms. UserError for a full disk.
 
     In place a random row takes its row group: 35 MB and 30 ms in groups of 100 rows of 350 KB, 335
     MB and 300 ms in groups of 1,000. A step of 1,024 pairs would read 36 or 340 GB."""
@@ -172,7 +165,7 @@ def _copied(path: Path, files: list[str]) -> "datasets.Dataset":
         # counted after the free space, so that their sum errs upwards while that rank writes.
         room = shutil.disk_usage(folder).free + _size(Path(f"{cache}.incomplete"))
         if need > room and not cache.exists():  # by now it may be complete
-            raise DataError(
+            raise UserError(
                 f"{path} needs {need / 1e9:.3g} GB for its copy in the Arrow cache, and {folder} "
                 f"has {room / 1e9:.3g} GB free: set HF_HOME or HF_DATASETS_CACHE to a folder on a "
                 "larger disk."
@@ -225,15 +218,15 @@ def _in_place(labels: dict[str, np.ndarray]) -> "datasets.Dataset":
 def _check_columns(schema: "pyarrow.Schema", where: str | Path):
     for name, wanted in COLUMNS.items():
         if name not in schema.names:
-            raise DataError(f"{where} has no column '{name}', it has {', '.join(schema.names)}.")
+            raise UserError(f"{where} has no column '{name}', it has {', '.join(schema.names)}.")
         if wanted not in (kind := str(schema.field(name).type)):
-            raise DataError(f"Column '{name}' of {where} holds {kind}, it must hold {wanted}.")
+            raise UserError(f"Column '{name}' of {where} holds {kind}, it must hold {wanted}.")
 
 
 def _check_labels(column: "pyarrow.ChunkedArray", where: str | Path) -> np.ndarray:
     labels = column.to_numpy()
     for row in np.flatnonzero(~np.isin(labels, (0.0, 0.5, 1.0)))[:1]:
-        raise DataError(
+        raise UserError(
             f"Row {row} (from 0) of {where} has label_0 {labels[row]}: it must be 1 where image 0 "
             "won, 0 where image 1 won, 0.5 for a tie."
         )
@@ -339,7 +332,7 @@ class Pairs(torch.utils.data.Dataset):
     def __getitem__(self, n: int) -> dict:
         """winner, loser: (3, R, R) fp32 in -1..1. caption, row, n. skipped: broken pairs passed by.
 
-        A pair with a broken image gives way to the next in order; DataError for 100 in a row."""
+        A pair with a broken image gives way to the next in order; UserError for 100 in a row."""
         crop_at, flip, drop = self.augmentation(n)
         for skipped in range(BROKEN_LIMIT):
             row = self.row(n + skipped)
@@ -352,7 +345,7 @@ class Pairs(torch.utils.data.Dataset):
             winner, loser = images if pair["label_0"] == 1 else reversed(images)
             item = {"winner": winner, "loser": loser, "row": row, "n": n, "skipped": skipped}
             return {**item, "caption": "" if drop else pair["caption"] or ""}
-        raise DataError(
+        raise UserError(
             f"{BROKEN_LIMIT} pairs in a row hold an image that cannot be decoded, the last in row "
             f"{row} (from 0, ties not counted): check jpg_0 and jpg_1 of the data."
         )

@@ -58,22 +58,16 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-import figures
-import gallery
 import model
-import ranks
-import scorers
 import toy
-import winrate
-from gallery import MISTAKES, generate, score
-from prompts import PromptSet
-from prompts import read as read_prompts
-from ranks import HelpFormatter, print0
-
-
-class EvaluateError(gallery.GalleryError):
-    """A command that cannot run: one sentence that names the flag or file and the fix."""
-
+from evaluation import figures, gallery, scorers, winrate
+from evaluation.gallery import generate, score
+from evaluation.prompts import PromptSet
+from evaluation.prompts import read as read_prompts
+from system import processes
+from system.files import UserError
+from system.processes import print0
+from system.program import HelpFormatter, reported
 
 # --------------------------------------------------------------------------------------------------
 # Checks: what a user can get wrong is said before a model draws.
@@ -103,7 +97,7 @@ def check(args: argparse.Namespace) -> dict[str, dict[str, Source]]:
     kinds = {name: model.kind(path) for name, path in models.items() if name not in given}
     first = next((models[name] for name, kind in kinds.items() if kind == "pipeline"), None)
     if args.base and model.kind(args.base) != "pipeline":
-        raise EvaluateError(f"--base '{args.base}' is no pipeline; name a folder or hub id of one.")
+        raise UserError(f"--base '{args.base}' is no pipeline; name a folder or hub id of one.")
     bases = {n: None if kind == "pipeline" else args.base or first for n, kind in kinds.items()}
     around = {name: model.pipeline_of(models[name], base) for name, base in bases.items()}
     families = {name: family(pipeline) for name, pipeline in around.items()}
@@ -139,7 +133,7 @@ def check(args: argparse.Namespace) -> dict[str, dict[str, Source]]:
 
 
 def identify(name: str, found: dict[str, dict[str, Source]]):
-    """Complete a model's manifests from its weights; GalleryError where others drew its images."""
+    """Complete a model's manifests from its weights; UserError where others drew its images."""
     pipeline = None
     for row in found.values():
         folder, about, draws = row[name]
@@ -159,14 +153,14 @@ def check_flags(args: argparse.Namespace):
     least = {"seeds": 1, "first_seed": 0, "steps": 1, "batch": 1, "limit": 1}
     for option, low in least.items():
         if getattr(args, option) is not None and getattr(args, option) < low:
-            raise EvaluateError(f"--{option.replace('_', '-')} must be at least {low}.")
+            raise UserError(f"--{option.replace('_', '-')} must be at least {low}.")
     if args.guidance is not None and not 1 <= args.guidance < math.inf:
-        raise EvaluateError("--guidance must be a number from 1, which means none.")
+        raise UserError("--guidance must be a number from 1, which means none.")
     if any(path.exists() and not path.is_dir() for path in (args.out, *args.out.parents)):
-        raise EvaluateError(f"--out '{args.out}' is a file, or lies in one, and must be a folder.")
+        raise UserError(f"--out '{args.out}' is a file, or lies in one, and must be a folder.")
     there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK):
-        raise EvaluateError(f"--out '{args.out}' cannot be written; name a folder of yours.")
+        raise UserError(f"--out '{args.out}' cannot be written; name a folder of yours.")
 
 
 def name_models(texts: list[str]) -> dict[str, str]:
@@ -176,12 +170,12 @@ def name_models(texts: list[str]) -> dict[str, str]:
         name, path = text.split("=", 1) if "=" in text else (Path(text).name, text)
         if not path or not re.fullmatch(NAME, name):
             words = "letters, digits, _ . + and -"
-            raise EvaluateError(f"'{text}' is not NAME=PATH with a NAME of {words}.")
+            raise UserError(f"'{text}' is not NAME=PATH with a NAME of {words}.")
         if name.casefold() in map(str.casefold, models):  # folders of some systems ignore case
-            raise EvaluateError(f"two models are named '{name}'; tell them apart with NAME=PATH.")
+            raise UserError(f"two models are named '{name}'; tell them apart with NAME=PATH.")
         models[name] = path
     if len(models) < 2:
-        raise EvaluateError("--models needs at least two models, the baseline first.")
+        raise UserError("--models needs at least two models, the baseline first.")
     return models
 
 
@@ -199,7 +193,7 @@ def choose_settings(args: argparse.Namespace, families: dict[str, str]) -> dict[
         usual, asked = {name: USUAL[kind][i] for name, kind in families.items()}, vars(args)[flag]
         if asked is None and flag != "batch" and len(set(usual.values())) > 1:
             each = ", ".join(f"{name} {value:g}" for name, value in usual.items())
-            raise EvaluateError(f"the models differ in their usual {flag} ({each}); give --{flag}.")
+            raise UserError(f"the models differ in their usual {flag} ({each}); give --{flag}.")
         for name, value in usual.items():
             settings[name][flag] = value if asked is None else asked
     return settings
@@ -209,25 +203,25 @@ def read_sets(sources: list[str] | None, given: dict[str, Path], tiny: bool) -> 
     """--prompts; without, those of the first manifest among the folders of images, or toy's."""
     manifests = [m for folder in given.values() if (m := gallery.read_manifest(folder))]
     if not sources and not manifests and (given or not tiny):
-        raise EvaluateError("--prompts is needed: parti, hpdv2, or a .txt file, a prompt a line.")
+        raise UserError("--prompts is needed: parti, hpdv2, or a .txt file, a prompt a line.")
     if not sources and manifests:
         sets = [gallery.prompts_of(manifests[0])]
     else:
         sets = [read_prompts(source) for source in sources or ["toy"]]
     for prompts in sets:
         if not re.fullmatch(NAME, prompts.name):
-            raise EvaluateError(
+            raise UserError(
                 f"the prompt set '{prompts.name}' cannot name a folder; rename its file."
             )
         if [p.name.casefold() for p in sets].count(prompts.name.casefold()) > 1:
-            raise EvaluateError(f"two of --prompts are named '{prompts.name}'; rename a file.")
+            raise UserError(f"two of --prompts are named '{prompts.name}'; rename a file.")
     if given and len(sets) > 1:
-        raise EvaluateError("--prompts must be a single set where a folder of images is judged.")
+        raise UserError("--prompts must be a single set where a folder of images is judged.")
     return sets
 
 
 def read_cost(path: str | None) -> dict | None:
-    """cost.json of the folder of a model, if it has one; EvaluateError where it is damaged."""
+    """cost.json of the folder of a model, if it has one; UserError where it is damaged."""
     if path is None:
         return None
     place = Path(path)
@@ -238,7 +232,7 @@ def read_cost(path: str | None) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EvaluateError(f"'{file}' is damaged; delete it, or train again.") from error
+        raise UserError(f"'{file}' is damaged; delete it, or train again.") from error
     return cost
 
 
@@ -249,7 +243,7 @@ def read_cost(path: str | None) -> dict | None:
 def draw(name: str, sources: list[Source]):
     """Draw what is missing of a model's images. It is loaded only if something is."""
     todo = [source for source in sources if source.draws]
-    if not any(ranks.gather(any(gallery.missing(s.folder, s.manifest) for s in todo))):
+    if not any(processes.gather(any(gallery.missing(s.folder, s.manifest) for s in todo))):
         return
     pipeline = gallery.together(lambda: load(todo[0].manifest).to(gallery.device()))
     for folder, manifest, _ in todo:
@@ -375,37 +369,30 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     model.quiet()
     try:
-        if ranks.world() > 1:
-            store = ranks.roll_call(timeout=600)
-            dist.init_process_group("gloo", timeout=timedelta(days=1))
-            del store  # the group has taken it up
-        place = gallery.together(gallery.device)
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
-        found, args.scorers = gallery.on_main(lambda: (check(args), args.scorers))
-        for key, row in found.items():
-            drawn = {name: gallery.traits(source.manifest) for name, source in row.items()}
-            if unknown := [name for name, traits in drawn.items() if None in traits.values()]:
-                how = f"note: with which seeds and settings {', '.join(unknown)} drew {key}"
-                print0(f"{how} is not fully known; the images are compared as they are.")
-        for name in next(iter(found.values())):
-            draw(name, [row[name] for row in found.values()])
-            free()
-        judged = {}
-        for scorer in args.scorers:
-            judged[scorer] = judge(scorer, args.scorer_folder, found)
-            free()
-        return gallery.on_main(lambda: report(found, judged, args.out))
-    except MISTAKES as error:
-        alone = isinstance(error, ranks.RankError)  # all ranks know of any other mistake
-        say = ranks.print_node if alone else print0
-        say(f"evaluate.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt as error:
-        print0("\nInterrupted; the same command goes on from there.", file=sys.stderr)
-        raise SystemExit(130) from error
+        with reported("evaluate.py"):
+            if processes.world() > 1:
+                store = processes.roll_call(timeout=600)
+                dist.init_process_group("gloo", timeout=timedelta(days=1))
+                del store  # the group has taken it up
+            place = gallery.together(gallery.device)
+            if place.type == "cuda":
+                torch.cuda.set_device(place)
+            found, args.scorers = processes.on_main(lambda: (check(args), args.scorers))
+            for key, row in found.items():
+                drawn = {name: gallery.traits(source.manifest) for name, source in row.items()}
+                if unknown := [name for name, traits in drawn.items() if None in traits.values()]:
+                    how = f"note: with which seeds and settings {', '.join(unknown)} drew {key}"
+                    print0(f"{how} is not fully known; the images are compared as they are.")
+            for name in next(iter(found.values())):
+                draw(name, [row[name] for row in found.values()])
+                free()
+            judged = {}
+            for scorer in args.scorers:
+                judged[scorer] = judge(scorer, args.scorer_folder, found)
+                free()
+            return processes.on_main(lambda: report(found, judged, args.out))
     finally:
-        if ranks.world() > 1 and dist.is_initialized():
+        if processes.world() > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 

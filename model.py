@@ -27,6 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from system.files import UserError
+
 PRESETS = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -36,10 +38,6 @@ ARCHITECTURES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline":
 LORA = "pytorch_lora_weights.safetensors"
 DECODED = 2**20  # pixels that the VAE decodes at once: a picture of SDXL, 256 of the tiny model
 UNREACHABLE = "the hub cannot be reached; check the network, or name a local folder."
-
-
-class ModelError(ValueError):
-    """A model that cannot be used: one sentence that names it and the fix."""
 
 
 # -------------------------------------------------------------------------------------------------
@@ -57,15 +55,15 @@ def _try(action: Callable, sentence: str):
         cause = error
         while cause is not None and not isinstance(cause, LocalEntryNotFoundError):
             cause = cause.__cause__ or cause.__context__
-        raise ModelError(f"{sentence}: {UNREACHABLE if cause else reason}") from error
+        raise UserError(f"{sentence}: {UNREACHABLE if cause else reason}") from error
 
 
 def _locate(name: str, what: str, *files: str) -> tuple[str, str]:
-    """(folder or hub id, the first of the files that it holds) of a name; ModelError for none."""
+    """(folder or hub id, the first of the files that it holds) of a name; UserError for none."""
     path, failure = PRESETS.get(name, name), None
     folder, hub_id = Path(path).is_dir(), r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)"
     if not folder and (Path(path).exists() or not re.fullmatch(hub_id, path)):
-        raise ModelError(
+        raise UserError(
             f"Unknown {what} '{name}': use {', '.join(PRESETS)}, a folder in diffusers layout, or "
             "a hub id like owner/name."
         )
@@ -77,10 +75,10 @@ def _locate(name: str, what: str, *files: str) -> tuple[str, str]:
         try:
             if _try(partial(holds, file), f"Cannot load the {what} '{path}'"):
                 return path, file
-        except ModelError as error:  # of a hub; offline, only what is in the cache is known
+        except UserError as error:  # of a hub; offline, only what is in the cache is known
             if not isinstance(error.__cause__, RemoteEntryNotFoundError):
                 failure = failure or error
-    raise failure or ModelError(f"'{path}' is not a {what}: it has no {' or '.join(files)}.")
+    raise failure or UserError(f"'{path}' is not a {what}: it has no {' or '.join(files)}.")
 
 
 def kind(path: str) -> str:
@@ -95,12 +93,12 @@ def kind(path: str) -> str:
 
 
 def architecture(name: str) -> str:
-    """The kind, "sdxl" or "sd15", by model_index.json. Raises ModelError for any other pipeline."""
+    """The kind, "sdxl" or "sd15", by model_index.json. Raises UserError for any other pipeline."""
     path, _ = _locate(name, "diffusers pipeline", "model_index.json")
     index = _try(lambda: DiffusionPipeline.load_config(path), f"Cannot read the pipeline '{path}'")
     cls = index.get("_class_name", "pipeline without a class")
     if str(cls) not in ARCHITECTURES:  # a list names code of its own
-        raise ModelError(f"'{path}' is a {cls}; {' and '.join(ARCHITECTURES)} can be trained here.")
+        raise UserError(f"'{path}' is a {cls}; {' and '.join(ARCHITECTURES)} can be trained here.")
     return ARCHITECTURES[cls]
 
 
@@ -130,7 +128,7 @@ def count_parameters(unet_config: dict) -> int:
 
 def _load(cls, name: str, part: str, dtype: torch.dtype):
     """A module with all of its weights from its file: of an absent one the libraries only warn,
-    and draw it at random. Raises ModelError."""
+    and draw it at random. Raises UserError."""
     path, subfolder = part_of(name, part)
     text, place = part.startswith("text_encoder"), f"{subfolder}/" if subfolder else ""
     stem, pickled = ("model", "pytorch_model") if text else ("diffusion_pytorch_model",) * 2
@@ -145,9 +143,9 @@ def _load(cls, name: str, part: str, dtype: torch.dtype):
     said = f"The {part} of '{path}', {file},"
     absent = {key for key, weight in module.named_parameters() if weight.is_meta}  # an index lies
     if absent := absent.union(found["missing_keys"]):
-        raise ModelError(f"{said} lacks the weight {min(absent)}; take a whole checkpoint.")
+        raise UserError(f"{said} lacks the weight {min(absent)}; take a whole checkpoint.")
     if not text and (stray := found["unexpected_keys"]):  # text encoders come with all of CLIP, too
-        raise ModelError(f"{said} has the tensor {min(stray)}, which its configuration has not.")
+        raise UserError(f"{said} has the tensor {min(stray)}, which its configuration has not.")
     return module
 
 
@@ -187,19 +185,19 @@ def load_pipeline(
         pipeline.vae.to(torch.float32 if overflows else torch.float16)
     if not hasattr(pipeline.scheduler, "alphas_cumprod"):  # flow matching, EDM
         scheduler = type(pipeline.scheduler).__name__
-        raise ModelError(f"'{path}' has a {scheduler}, which knows no alphas_cumprod.")
+        raise UserError(f"'{path}' has a {scheduler}, which knows no alphas_cumprod.")
     predicts = pipeline.scheduler.config.get("prediction_type", "epsilon")
     if predicts not in ("epsilon", "v_prediction"):
-        raise ModelError(
+        raise UserError(
             f"'{path}' predicts '{predicts}'; epsilon and v_prediction can be trained here."
         )
     reads, encoders = pipeline.unet.config, (pipeline.text_encoder, second_encoder(pipeline))
     width = sum(encoder.config.hidden_size for encoder in encoders if encoder is not None)
     pooled = reads.addition_embed_type == "text_time"
     if reads.cross_attention_dim != width or pooled != sdxl:
-        raise ModelError(f"The UNet of '{unet or path}' does not read the text of '{path}'.")
+        raise UserError(f"The UNet of '{unet or path}' does not read the text of '{path}'.")
     if not sdxl and pipeline.vae.config.latents_mean is not None:
-        raise ModelError(
+        raise UserError(
             f"The VAE of '{vae or path}' has latents_mean, which diffusers ignores in SD1.5; name "
             "another with --vae."
         )
@@ -210,11 +208,11 @@ def load_pipeline(
 
 
 def pipeline_of(path: str, base: str | None) -> str:
-    """The pipeline around a path: itself, or base for a UNet or LoRA; ModelError without one."""
+    """The pipeline around a path: itself, or base for a UNet or LoRA; UserError without one."""
     if (found := kind(path)) == "pipeline":
         return path
     if base is None:
-        raise ModelError(f"'{path}' is a {found} without a pipeline; name one with --base.")
+        raise UserError(f"'{path}' is a {found} without a pipeline; name one with --base.")
     return base
 
 
@@ -251,7 +249,7 @@ def fuse_lora(pipeline: DiffusionPipeline, path: str):
     found = {plain(key): key.replace(".it.", ".") for key in loaded if ".it." in key}
     if len(given) != len(found):
         odd = (found | given)[min(given.keys() ^ found.keys())]
-        raise ModelError(f"{sentence}: {odd} has no counterpart.")
+        raise UserError(f"{sentence}: {odd} has no counterpart.")
     _try(lambda: pipeline.fuse_lora(safe_fusing=True), sentence)
     pipeline.unload_lora_weights()
 
@@ -391,7 +389,7 @@ def sample(
 ) -> list[Image.Image]:
     """One picture per (prompt, seed), by the pipeline's own scheduler. The noise of a seed is drawn
     on the CPU, so it is the same on every model, device and batch size. progress: name of a
-    progress bar, None for none. Raises ModelError where UNet or VAE draw NaN or infinity, of which
+    progress bar, None for none. Raises UserError where UNet or VAE draw NaN or infinity, of which
     the pipeline would make black pictures."""
     images = []
     for i in tqdm(range(0, len(prompts), batch), desc=progress, disable=progress is None):
@@ -416,9 +414,9 @@ def sample(
 
 
 def _check(drawn: Tensor, part: str, dtype: torch.dtype):
-    """ModelError where what this part has drawn is not finite."""
+    """UserError where what this part has drawn is not finite."""
     if not drawn.isfinite().all():
-        raise ModelError(
+        raise UserError(
             f"The {part} draws values that are not finite in {str(dtype).removeprefix('torch.')}; "
             "its weights are damaged, have diverged, or need another precision."
         )

@@ -276,8 +276,8 @@ def main():
 
 
 def draw_samples(name: str, out: str, seed: int):
-    import figures
     import model
+    from evaluation import figures
 
     captions = prompts()
     seeds = list(range(seed, seed + len(captions)))

@@ -34,7 +34,6 @@ Where the job departs from the released scripts, and why:
 
 import copy
 import functools
-import sys
 from argparse import Namespace
 
 import deepspeed
@@ -43,19 +42,13 @@ import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
-import card
-import checkpoint
 import data
-import guard
-import lora
 import model
-import plan
-import prompts
-import ranks
-import run
-import scorers
 from invert import add_noise, ddim_invert, randn_like
 from loss import dpo_loss, inpo_loss, kto_loss, squared_error
+from system import processes
+from system.program import reported
+from training import card, guard, lora, plan, run
 
 # -------------------------------------------------------------------------------------------------
 # Randomness as a function of (seed, place in the run).
@@ -127,7 +120,7 @@ def reference_point(g: torch.Tensor, liked: float, disliked: float) -> torch.Ten
 # The job.
 
 
-def train(args: Namespace, todo: plan.Plan, stop: ranks.Stop):
+def train(args: Namespace, todo: plan.Plan, stop: processes.Stop):
     pipeline = load_start(args, todo.dtype)
     found = {"data_fingerprint": todo.fingerprint, "start_identity": model.identity(pipeline)}
     asked, adapters = plan.asked(args), plan.trains_adapters(args)
@@ -255,58 +248,30 @@ def work(args: Namespace, todo: plan.Plan) -> dict:
     return done | {"unet_calls": round(calls), "flops": flops}
 
 
-MISTAKES = (
-    run.RunError, ranks.RankError, checkpoint.CheckpointError, model.ModelError, data.DataError,
-    scorers.ScorerError, prompts.PromptError, guard.StopTraining,
-)  # fmt: skip
-
-
 def main(argv: list[str] | None = None):
-    try:
+    with reported("train_inpo.py"):
         args = plan.parse(__doc__, argv)
-        ranks.join()
-        todo = ranks.together(lambda: plan.check(args), MISTAKES)
-        ranks.agree(plan.asked(args) | {"data": todo.fingerprint, "code": ranks.code_version()})
-    except MISTAKES as error:
-        ranks.print_node(f"train_inpo.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except RuntimeError as error:
-        end_alone(error)
-    if ranks.is_main():
+        processes.join()
+        todo = processes.together(lambda: plan.check(args))
+        processes.agree(
+            plan.asked(args) | {"data": todo.fingerprint, "code": processes.code_version()}
+        )
+    if processes.is_main():
         print(plan.describe(args, todo), flush=True)
     if args.dry_run:
         return
     if run.finished(args.out, args.steps):
-        ranks.print0(
+        processes.print0(
             f"{args.out} has finished its {args.steps} steps; more --steps would continue it."
         )
         return
     model.quiet()
-    try:
-        with run.alone(args.out), ranks.Stop() as stop:
-            train(args, todo, stop)
-    except MISTAKES as error:  # perhaps on this rank alone
-        print(f"train_inpo.py: error: rank {dist.get_rank()}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # the second one
-        ranks.print0("Interrupted; the same command goes on from the last checkpoint.")
-        sys.exit(130)
-    except RuntimeError as error:
-        end_alone(error)
-
-
-def end_alone(error: RuntimeError):
-    """End, where the error says that another rank has ended; else raise it."""
-    if not ranks.lost_peer(error):
-        raise error
-    print(
-        f"train_inpo.py: error: rank {ranks.rank()}: another rank is gone; the same command goes "
-        "on from the last checkpoint.",
-        file=sys.stderr,
-    )
-    sys.exit(1)
+    with (
+        reported("train_inpo.py", every_rank=True),
+        run.alone(args.out),
+        processes.Stop() as stop,
+    ):
+        train(args, todo, stop)
 
 
 if __name__ == "__main__":

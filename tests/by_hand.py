@@ -9,9 +9,8 @@ import torch
 from torch.func import functional_call
 
 import data
-import lora
-import plan
 import train_inpo
+from training import lora, plan
 
 
 def start(args) -> tuple:

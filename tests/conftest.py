@@ -21,7 +21,8 @@ from transformers import (  # noqa: E402
     CLIPTextModelWithProjection,
 )
 
-import pretrain  # noqa: E402
+from lab import pretrain  # noqa: E402
+from system.files import ROOT  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -149,7 +150,7 @@ def ds_config(tmp_path):
     small tensors of a random checkpoint, which it would otherwise keep whole on every rank."""
 
     def write(stage: int = 2, clipping: float = 1.0, **keys) -> Path:
-        config = json.loads(Path(pretrain.__file__).with_name("ds_config.json").read_text())
+        config = json.loads((ROOT / "ds_config.json").read_text())
         config["zero_optimization"] |= {"stage": stage, "stage3_param_persistence_threshold": 0}
         config["optimizer"]["params"] = ADAMW | {"eps": 1e-2 if clipping else 1.0}
         config["gradient_clipping"] = clipping

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import bench
 import model
+from lab import bench
 
 
 def run(*argv):

@@ -4,8 +4,8 @@ import shutil
 
 from safetensors.torch import load_file, save_file
 
-import chaos
-import run
+from lab import chaos
+from training import run
 
 
 def test_three_kills_change_nothing(argv, tmp_path):

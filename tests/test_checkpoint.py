@@ -20,8 +20,8 @@ from launch import launch
 from peft import LoraConfig, inject_adapter_in_model
 from torch.optim.lr_scheduler import LambdaLR
 
-import checkpoint
-import ranks
+from system import checkpoint, processes
+from system.files import UserError
 
 RUN = {"beta": 500.0, "seed": 0, "betas": (0.9, 0.999)}
 torch.set_num_threads(1)
@@ -226,7 +226,7 @@ def two_ranks(folder: Path):
 
 
 def join():
-    ranks.join()
+    processes.join()
     gc.freeze()  # DeepSpeed collects garbage at each start, of all that was imported
 
 
@@ -294,7 +294,7 @@ def fail(folder: Path, stage: int, rank: int) -> list:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     words = save(engine, folder, 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    seen += [ranks.gather(words), names(folder)]
+    seen += [processes.gather(words), names(folder)]
     seen += [save(engine, folder, 2), names(folder)]
     saved, engine = state(engine), start(stage)
     return [*seen, checkpoint.resume(engine, folder, RUN), same(state(engine), saved)]
@@ -439,7 +439,7 @@ def test_a_full_disk_during_a_conversion_is_one_sentence(trained, tmp_path, monk
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(checkpoint.CheckpointError, match="step_000001: cannot be converted"):
+        with pytest.raises(UserError, match="step_000001: cannot be converted"):
             checkpoint.resume(start(3), tmp_path, RUN)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -498,7 +498,7 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_used(trained, tm
         shutil.copytree(tmp_path / "begin", folder)
         damage(folder / "step_000002")
         left = {path.name: path.read_bytes() for path in (folder / "step_000002").iterdir()}
-        with pytest.raises(checkpoint.CheckpointError) as error:
+        with pytest.raises(UserError) as error:
             checkpoint.weights(folder / "step_000002")
         assert words in str(error.value)
         capsys.readouterr()
@@ -512,9 +512,7 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_used(trained, tm
         # None can be read: refused each time, and all is left as it is.
         damage(folder / "step_000001")
         for _ in range(2):
-            with pytest.raises(
-                checkpoint.CheckpointError, match="none of its checkpoints"
-            ) as error:
+            with pytest.raises(UserError, match="none of its checkpoints") as error:
                 checkpoint.resume(engine, folder, RUN)
             assert words in str(error.value) and "\n" not in str(error.value)
             assert names(folder) == ["step_000001", "step_000002.broken"]
@@ -575,7 +573,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(traine
         (RUN | {"beta": 501.0}, "beta: 500.0 there, 501.0 now"),
         (RUN | {"lr": 1.0}, "lr: None there, 1.0 now"),
     ):
-        with pytest.raises(checkpoint.CheckpointError) as error:
+        with pytest.raises(UserError) as error:
             checkpoint.resume(engine, tmp_path, other)
         assert words in str(error.value) and "seed" not in str(error.value)
     assert names(tmp_path) == ["step_000001"] and same(state(engine), before)
@@ -588,8 +586,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(traine
 def test_the_job_goes_on_with_another_stage_or_micro_batch_but_not_another_beta(
     argv, ds_config, tmp_path, capsys
 ):
-    import run
     import train_inpo
+    from training import run
 
     def go(out: str, **flags) -> list[float]:
         # One cell of timesteps: a cell belongs to a micro-step.

@@ -9,12 +9,11 @@ import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
-import plan
-import ranks
-import run
 import train_inpo
+from system import processes
+from system.files import ROOT
+from training import plan, run
 
-ROOT = Path(train_inpo.__file__).parent
 FILES = [ROOT / "ds_config.json", *sorted((ROOT / "configs").glob("*.json"))]
 HALF = [file for file in FILES if file.stem != "cpu"]
 
@@ -66,6 +65,6 @@ def test_gradients_accumulate_in_fp32(file):
     config |= {"gradient_accumulation_steps": 64, "train_micro_batch_size_per_gpu": 1}
     config |= {"gradient_clipping": 0.0, "tensorboard": {"enabled": False}}
     config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    ranks.join()
+    processes.join()
     applied, wanted = accumulated(config)
     assert (applied - wanted).norm() < 1e-5 * wanted.norm()

@@ -14,6 +14,8 @@ import time
 import zlib
 from pathlib import Path
 
+from system.files import UserError
+
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # no test asks the hub
 
 import datasets
@@ -25,7 +27,7 @@ import torch
 from PIL import Image
 
 import data
-from data import DataError, Pairs, collate, loader, pair_numbers, preprocess, read_pairs
+from data import Pairs, collate, loader, pair_numbers, preprocess, read_pairs
 
 ROWS, SIZE = 12, 16
 LABELS = (1.0, 0.0, 0.5, 0.0, 1.0, 1.0)  # of rows 0, 1, 2, ..., repeated: one in six is a tie
@@ -169,7 +171,7 @@ def test_folder_with_hub_names_gives_only_its_split(tmp_path):
     parquet(tmp_path / "data" / "test-00000-of-00001.parquet", columns(3, first=6))
     assert read_pairs(str(tmp_path))["caption"][:] == [f"row {i}" for i in (0, 1, 3, 4, 5)]
     assert read_pairs(str(tmp_path), "test")["caption"][:] == ["row 6", "row 7"]
-    with pytest.raises(DataError, match="no pairs of split 'validation', it holds test, train"):
+    with pytest.raises(UserError, match="no pairs of split 'validation', it holds test, train"):
         read_pairs(str(tmp_path), "validation")
 
 
@@ -276,7 +278,7 @@ def test_a_source_that_cannot_be_used_is_one_clear_sentence(case, tmp_path, monk
         source = wrong(folder) or folder
     else:
         parquet(folder / "b.parquet", wrong)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         read_pairs(str(source))
     message = str(caught.value)
     assert all(word in message for word in words), message
@@ -293,7 +295,7 @@ def test_where_a_set_was_taken_off_the_hub_the_sentence_says_so(why, monkeypatch
         monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
     said = {}
     for source in ("yuvalkirstain/pickapic_v2", "owner/pairs"):
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(UserError) as caught:
             read_pairs(source)
         said[source] = str(caught.value).removeprefix(source)
     reason = said["owner/pairs"].replace("owner/pairs", "yuvalkirstain/pickapic_v2").rstrip(".")
@@ -324,7 +326,7 @@ def test_rows_in_place_come_from_their_group_and_file(tmp_path):
     dataset = read_pairs(str(tmp_path), copy=False)
     assert [dataset[i]["caption"] for i in range(21)] == [f"row {i}" for i in range(21)]
     torn(tmp_path / "1.parquet")
-    with pytest.raises(DataError, match="1.parquet is no readable parquet file"):
+    with pytest.raises(UserError, match="1.parquet is no readable parquet file"):
         data.fingerprint(dataset)
 
 
@@ -340,7 +342,7 @@ def test_a_disk_without_room_for_the_copy_is_said_before_anything_is_copied(tmp_
         return shutil._ntuple_diskusage(10**9, 10**9 - free, free)
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         read_pairs(source)
     message = str(caught.value)
     assert message.startswith(f"{source} needs 0.00060") and message.count(". ") == 0
@@ -357,7 +359,7 @@ def test_what_is_copied_already_counts_as_room(tmp_path, monkeypatch):
     """A rank that waits for another's copy must not take that for a full disk."""
     source = parquet(tmp_path / "pairs.parquet", columns())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
-    with pytest.raises(DataError, match="0 GB free"):
+    with pytest.raises(UserError, match="0 GB free"):
         read_pairs(source)
     builder = datasets.load_dataset_builder(
         "parquet", data_files=[source], columns=list(data.COLUMNS)
@@ -371,7 +373,7 @@ def test_what_is_copied_already_counts_as_room(tmp_path, monkeypatch):
 def test_nothing_is_cached_before_the_last_file_is_checked(tmp_path):
     parquet(tmp_path / "a.parquet", columns())
     parquet(tmp_path / "b.parquet", without("caption"))
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         read_pairs(str(tmp_path))
     assert not copies()
 
@@ -732,7 +734,7 @@ def test_broken_images_without_end_are_an_error_of_one_sentence_even_in_a_worker
     pairs = Pairs(dataset_of(table), SIZE, seed=0)
     messages = []
     for workers in (0, 1):
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(UserError) as caught:
             list(loader(pairs, 0, 1, 0, 1, 1, 1, workers))
         messages.append(str(caught.value))
     assert messages[0] == messages[1]

@@ -22,16 +22,10 @@ import torch
 from PIL import Image, ImageFont
 
 import evaluate
-import figures
-import gallery
 import model
-import prompts
-import ranks
-import scorers
 import toy
-import winrate
-
-ROOT = Path(evaluate.__file__).parent
+from evaluation import figures, gallery, prompts, scorers, winrate
+from system.files import ROOT, UserError
 
 # --------------------------------------------------------------------------------------------------
 # A stub: a "model" is a folder whose name says how well it draws.
@@ -56,7 +50,7 @@ def stub(monkeypatch, tmp_path):
             return "unet"
         if (tmp_path / path / "model_index.json").is_file():
             return "pipeline"
-        raise model.ModelError(f"'{path}' is not a model.")
+        raise UserError(f"'{path}' is not a model.")
 
     def read_config(name, part):
         return {"sample_size": OTHERS.get(name, ("sdxl", 16))[1]}
@@ -431,7 +425,7 @@ def test_a_failure_is_left_for_the_other_ranks_to_find(stub, tmp_path, monkeypat
     toys = prompts.PromptSet("toy", toy.prompts("heldout"), None)
     about = {"set": "toy", "prompts": 18, "steps": 1, "guidance": 1.0, "batch": 4}
     about |= {"images": gallery.plan_images(toys)}
-    with pytest.raises(gallery.GalleryError, match="memory is too small; give a smaller --batch"):
+    with pytest.raises(UserError, match="memory is too small; give a smaller --batch"):
         gallery.generate(None, tmp_path, about)
     assert (tmp_path / "failed").exists()
 
@@ -801,7 +795,9 @@ def test_ranks_share_the_batches_of_drawing_and_of_scoring(stub, monkeypatch):
         return [1.0] * len(prompts)
 
     others = dict.fromkeys(range(36), 2.0)
-    monkeypatch.setattr(ranks, "gather", lambda value: [value, others] if value else [value])
+    monkeypatch.setattr(
+        gallery.processes, "gather", lambda value: [value, others] if value else [value]
+    )
     monkeypatch.setenv("WORLD_SIZE", "3")
     for r in range(3):
         monkeypatch.setenv("RANK", str(r))
@@ -823,7 +819,7 @@ def test_images_and_scores_can_be_had_without_the_command_line(real, checkpoint,
     made = gallery.describe(pipeline, images, **{key: there[key] for key in about})
     evaluate.generate(pipeline, tmp_path, made)
     assert files(tmp_path, "*.png") == files(whole / "images/some/base", "*.png")
-    with pytest.raises(gallery.GalleryError, match="steps: 2 there, 3 now"):
+    with pytest.raises(UserError, match="steps: 2 there, 3 now"):
         evaluate.generate(pipeline, tmp_path, made | {"steps": 3})
     values = evaluate.score(tmp_path, images, scorers.load("preference"))
     kept = json.loads((whole / "scores.json").read_text())["some"]["scores"]["base"]

@@ -14,11 +14,10 @@ from launch import launch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import export
-import lora
 import model
-import plan
 import train_inpo
+from system.files import ROOT
+from training import export, lora, plan
 
 ZERO = {"stage": 3, "stage3_param_persistence_threshold": 0}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -29,7 +28,7 @@ LORA = {"lora_rank": 2, "lora_alpha": 6}
 def runs(checkpoint, pairs, tmp_path_factory):
     """A folder of finished runs, by name: those with a 3 by two ranks under ZeRO-3, else ZeRO-2."""
     root = tmp_path_factory.mktemp("runs")
-    config = json.loads((Path(export.__file__).parent / "ds_config.json").read_text())
+    config = json.loads((ROOT / "ds_config.json").read_text())
     for name, zero in (("2", {}), ("3", ZERO)):
         written = config | {"zero_optimization": config["zero_optimization"] | zero}
         (root / f"{name}.json").write_text(json.dumps(written))

@@ -9,10 +9,11 @@ import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
-import guard
-import ranks
-from guard import GROWTH, STREAK, WINDOW, Broken, StopTraining, Watch
 from loss import inpo_loss, kto_loss
+from system import processes
+from system.files import UserError
+from training import guard
+from training.guard import GROWTH, STREAK, WINDOW, Broken, Watch
 
 # -------------------------------------------------------------------------------------------------
 # Watch.
@@ -113,7 +114,7 @@ def stop(tmp_path, module=None, steps=(12, 13, 14), **values) -> tuple[str, dict
         broken.after_step(step, engine)
     assert not (tmp_path / "nonfinite").exists()
     note(broken, **values)
-    with pytest.raises(StopTraining) as caught:
+    with pytest.raises(UserError) as caught:
         broken.after_step(steps[-1], engine)
     [file] = (tmp_path / "nonfinite").iterdir()
     assert file.name == f"step_{steps[-1]:06d}_rank_1.json"
@@ -145,10 +146,10 @@ def test_sft_has_winners_alone_and_kto_a_loss_an_image(tmp_path):
     broken = Broken(tmp_path, 0, 1)
     x = torch.tensor([1.0, math.inf])
     broken.note([0, 1], [0, 1], ["", ""], torch.tensor([3, 4]), x, None, x)
-    with pytest.raises(StopTraining):
+    with pytest.raises(UserError):
         broken.after_step(1, Engine())
     broken.note([0], [0], [""], torch.tensor([3, 3]), x, x, x)
-    with pytest.raises(StopTraining):
+    with pytest.raises(UserError):
         broken.after_step(2, Engine())
     sft, kto = (json.loads(file.read_text()) for file in sorted((tmp_path / "nonfinite").iterdir()))
     assert sft["pairs"][1]["err"] == "inf" and "err_ref" not in sft["pairs"][1]
@@ -179,7 +180,7 @@ def test_only_steps_in_a_row_count_and_a_step_forgets_the_one_before(tmp_path):
 
 def train(stage: int, precision: str, broken_micro=None, armed=True, **zero):
     """(weights, steps applied) of 4 steps of 2 micro-steps; step 1 has a NaN or is left out."""
-    ranks.join()
+    processes.join()
     torch.manual_seed(0)
     net = torch.nn.Linear(8, 8)
     half = {} if precision == "fp32" else {precision: {"enabled": True}}
@@ -242,7 +243,7 @@ def test_the_limit_lets_the_loss_scale_fall_to_its_minimum_and_comes_before_deep
     assert guard.limit({}) == guard.limit({"bf16": {"enabled": True}}) == 5
     assert guard.limit({"fp16": {"enabled": True, "loss_scale": 128}}) == 5
     fp16 = {"enabled": True, "initial_scale_power": 9, "hysteresis": 3, "min_loss_scale": 2}
-    ranks.join()
+    processes.join()
     net = torch.nn.Linear(2, 2)
     engine, *_ = deepspeed.initialize(
         model=net,

@@ -21,9 +21,9 @@ from test_model import dora, halved, misshapen, refusal, stray, whole_unet, writ
 from torch.func import functional_call
 from torch.nn.functional import softplus
 
-import lora
 import model
-import ranks
+from system import processes
+from training import lora
 
 both = pytest.mark.parametrize("kind", ["sdxl", "sd15"])
 ABAR = torch.linspace(0.999, 0.001, 1000)
@@ -233,7 +233,7 @@ def micro_loss(policy, reference, number: int, items=slice(0, 2)) -> torch.Tenso
 
 def train(ds_config: str) -> dict[str, torch.Tensor]:
     """The adapter after STEPS of DeepSpeed, from however many ranks there are (collective)."""
-    ranks.join()
+    processes.join()
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     config = json.loads(Path(ds_config).read_text())
     config = {key: config[key] for key in config if key not in ("bf16", "tensorboard")}
@@ -445,5 +445,5 @@ def test_what_is_no_lora_is_refused(checkpoint, tmp_path):
 if __name__ == "__main__":
     out, *configs = sys.argv[1:]
     found = [train(config) for config in configs]
-    if ranks.is_main():
+    if processes.is_main():
         torch.save(found, out)

@@ -11,13 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-import bench
-import cost
-import lora
-import memory
 import model
-import ranks
-from memory_table import complete
+from lab import bench
+from lab.memory_table import complete
+from system import processes
+from training import cost, lora, memory
 
 BF16 = torch.bfloat16
 SMALL = {  # SDXL's kinds of blocks
@@ -230,7 +228,7 @@ def small_ds_config(stage: int) -> dict:
 def test_state_is_what_deepspeed_holds(stage):
     import deepspeed
 
-    ranks.join()
+    processes.join()
     layers, width = 4, 128
     with Alive() as alive:
         net = torch.nn.Sequential(*(torch.nn.Linear(width, width, False) for _ in range(layers)))

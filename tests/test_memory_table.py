@@ -10,9 +10,8 @@ import pytest
 import torch
 from test_memory import SMALL, small_ds_config
 
-import memory
-import memory_table
-import plan
+from lab import memory_table
+from training import memory, plan
 
 
 @pytest.mark.parametrize("stage, rank", [(2, None), (3, None), (1, 4)])

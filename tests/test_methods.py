@@ -19,10 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model
-import plan
-import run
 import train_inpo
 from loss import kto_loss
+from training import plan, run
 
 METHODS = ("inpo", "dpo", "kto", "sft")
 NOISE = ("dpo", "kto", "sft")  # methods of forward noise

@@ -18,8 +18,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundE
 from safetensors.torch import load_file, save_file
 
 import model
-import pretrain
-from model import ModelError, load_pipeline
+from lab import pretrain
+from model import load_pipeline
+from system.files import UserError
 
 SIZE, CAPTIONS = 16, ["a red circle on a white background", "zebra", "a blue cross"]
 KINDS = {
@@ -201,7 +202,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
 def test_a_mistake_in_the_model_is_one_sentence_that_names_it(copy, mistake):
     name = mistake(copy())
-    with pytest.raises(ModelError) as error:
+    with pytest.raises(UserError) as error:
         load_pipeline(name)
     sentence = str(error.value)
     assert f"'{name}'" in sentence and MISTAKES[mistake] in sentence
@@ -217,7 +218,7 @@ def test_a_mistake_in_a_replaced_part_is_one_sentence_that_names_it(checkpoint, 
         str(empty): f"it has no {part}/config.json",
         "owner/absent-model": f"Cannot load the {part}",
     }.items():
-        with pytest.raises(ModelError) as error:
+        with pytest.raises(UserError) as error:
             load_pipeline(str(checkpoint("sdxl")), **{part: name})
         assert f"'{name}'" in str(error.value) and words in str(error.value)
         assert "\n" not in str(error.value)
@@ -229,7 +230,7 @@ def test_a_unet_that_reads_other_text_is_refused(checkpoint, tmp_path):
     unpooled = diffusers.UNet2DConditionModel.from_config(config, addition_embed_type=None)
     unpooled.save_pretrained(tmp_path)  # of the right width
     for folder, unet in [(sdxl, sd15), (sd15, sdxl), (sdxl, tmp_path)]:
-        with pytest.raises(ModelError, match="does not read the text of") as error:
+        with pytest.raises(UserError, match="does not read the text of") as error:
             load_pipeline(str(folder), unet=str(unet))
         assert f"'{unet}'" in str(error.value) and f"'{folder}'" in str(error.value)
 
@@ -297,8 +298,8 @@ def draw(pipeline):
 
 
 def refusal(action, *arguments, **options):
-    """The one sentence of a ModelError."""
-    with pytest.raises(ModelError) as error:
+    """The one sentence of a UserError."""
+    with pytest.raises(UserError) as error:
         action(*arguments, **options)
     assert "\n" not in str(error.value)
     return str(error.value)

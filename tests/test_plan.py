@@ -12,13 +12,11 @@ import pytest
 import torch
 from test_train import distance
 
-import bench
-import card
-import memory
 import model
-import plan
-import run
 import train_inpo
+from lab import bench
+from system.files import UserError
+from training import card, memory, plan
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -220,7 +218,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would(
     world, flags, fixes, argv, monkeypatch
 ):
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    with pytest.raises(run.RunError, match=f"; give {re.escape(fixes)}") as error:
+    with pytest.raises(UserError, match=f"; give {re.escape(fixes)}") as error:
         plan.check(plan.parse("", argv(**flags)))
     for words in re.findall(r"--(?:micro-)?batch \d+", str(error.value).split("give")[1]):
         plan.check(plan.parse("", [*argv(**flags), *words.split()]))
@@ -234,7 +232,7 @@ def test_a_unet_that_does_not_tell_its_size_is_refused(size, published, argv):
     file = published("sdxl") / "unet" / "config.json"
     file.write_text(json.dumps(bench.SDXL | {"sample_size": size}))
     args = plan.parse("", argv(model=file.parent.parent, resolution=1024))
-    with pytest.raises(run.RunError, match=f"sample_size in its UNet's config.json is .*{size}"):
+    with pytest.raises(UserError, match=f"sample_size in its UNet's config.json is .*{size}"):
         plan.check(args)
 
 

@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import model
-import preview
-import ranks
-import scorers
 import toy
 import train_inpo
+from evaluation import scorers
+from system import processes
+from system.files import UserError
+from training import preview
 
 PROMPTS = ["one", "two", "three", "four"]
 
@@ -36,7 +37,7 @@ def brightness(images, prompts) -> list[float]:
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
     """drawn(step, [levels]) -> what draw says of grey pictures, which `brightness` scores."""
-    ranks.join()
+    processes.join()
     (tmp_path / "run" / "samples").mkdir(parents=True)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     args = Namespace(
@@ -187,7 +188,7 @@ def test_a_full_disk_costs_pictures_or_scores_with_a_warning_but_nothing_older(
 
 def test_a_scorer_that_fails_on_the_way_costs_a_warning(drawn, monkeypatch, capsys):
     def load(name, folder):
-        raise scorers.ScorerError("scorer clip: gone.")
+        raise UserError("scorer clip: gone.")
 
     drawn(0, [20] * 4)
     monkeypatch.setattr(scorers, "load", load)
@@ -203,7 +204,7 @@ def test_pictures_that_are_not_finite_cost_a_warning_and_every_batch_is_drawn(
 
     def diverged(pipeline, prompts, *how):
         batches.append(prompts)
-        raise model.ModelError("The UNet draws values that are not finite in bfloat16.")
+        raise UserError("The UNet draws values that are not finite in bfloat16.")
 
     judge = preview.Preview(drawn.args)
     monkeypatch.setattr(model, "sample", diverged)

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-import prompts
 import toy
-from prompts import PromptError, PromptSet, read
+from evaluation import prompts
+from evaluation.prompts import PromptSet, read
+from system.files import UserError
 
 BENCHMARK = {
     "anime": ["a cat, by someone", "a cat, by someone", 'the word "cat"'],
@@ -110,7 +111,7 @@ def test_without_a_copy_the_files_come_from_the_data_set_on_the_hub(hpdv2, parti
 
 @pytest.mark.parametrize("name", ["hpdv2", "hpdv2-test", "parti"])
 def test_a_hub_that_cannot_be_reached_is_one_sentence_with_the_way_out(name):
-    with pytest.raises(PromptError) as error:
+    with pytest.raises(UserError) as error:
         read(name)
     hub, files = prompts.PUBLISHED[name]
     assert str(error.value) == (
@@ -124,7 +125,7 @@ def test_another_trouble_with_the_hub_is_its_first_line(monkeypatch):
         raise OSError("403 Client Error.\n\nForbidden: sign in.")
 
     monkeypatch.setattr(prompts, "hf_hub_download", download)
-    with pytest.raises(PromptError, match=r"^Cannot read .* 'nateraw/parti-prompts': 403 Client E"):
+    with pytest.raises(UserError, match=r"^Cannot read .* 'nateraw/parti-prompts': 403 Client E"):
         read("parti")
 
 
@@ -253,12 +254,12 @@ def test_a_mistake_is_one_sentence_that_names_it(tmp_path, mistake):
     if content is not None:
         content = content.encode() if isinstance(content, str) else content
         (tmp_path / source.rsplit("/", 1)[1]).write_bytes(content)
-    with pytest.raises(PromptError) as error:
+    with pytest.raises(UserError) as error:
         read(source)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_folder_is_no_file(tmp_path):
     (tmp_path / "a.txt").mkdir()
-    with pytest.raises(PromptError, match="a.txt' cannot be read: Is a directory."):
+    with pytest.raises(UserError, match="a.txt' cannot be read: Is a directory."):
         read(str(tmp_path / "a.txt"))

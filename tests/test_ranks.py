@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-import ranks
-
-ROOT = Path(ranks.__file__).parent
+from system import processes
+from system.files import ROOT, UserError
+from system.program import lost_peer
 
 
 def free_port() -> int:
@@ -46,28 +46,30 @@ def start(code: str, rank: int, world: int, port: int, *argv) -> subprocess.Pope
 TOGETHER = """
 import json, os, signal, sys, time
 from pathlib import Path
-import ranks
+from system import processes
+from system.files import UserError
+from system.program import lost_peer
 
-ranks.join(timeout=120)
+processes.join(timeout=120)
 rank, shared = int(os.environ["RANK"]), Path(sys.argv[1])
 said = {}
 
 def tell(name, call, *args):
     try:
         said[name] = call(*args)
-    except ranks.RankError as error:
-        said[name] = f"RankError: {error}"
+    except UserError as error:
+        said[name] = f"UserError: {error}"
 
-tell("max", ranks.any_rank, [7, 3][rank])
-tell("agree", ranks.agree, {"flags": {"a": 1, "b": rank // 2}, "code": "x"})
-tell("differ", ranks.agree, {"same": 1, "data fingerprint": "0" * 500 + str(rank), "also": rank})
-tell("lack", ranks.agree, {"same": 1} | ({"seed": 5} if rank else {}))
-tell("shared", ranks.shares_folder, shared)
+tell("max", processes.any_rank, [7, 3][rank])
+tell("agree", processes.agree, {"flags": {"a": 1, "b": rank // 2}, "code": "x"})
+tell("differ", processes.agree, {"same": 1, "data": "0" * 500 + str(rank), "also": rank})
+tell("lack", processes.agree, {"same": 1} | ({"seed": 5} if rank else {}))
+tell("shared", processes.shares_folder, shared)
 (shared / str(rank)).mkdir()
-tell("unshared", ranks.shares_folder, shared / str(rank), 0.2)
-tell("unwritable", ranks.shares_folder, shared / "nowhere", 0.2)
+tell("unshared", processes.shares_folder, shared / str(rank), 0.2)
+tell("unwritable", processes.shares_folder, shared / "nowhere", 0.2)
 said["left"] = [p.name for p in shared.rglob(".*")]
-with ranks.Stop() as stop:
+with processes.Stop() as stop:
     tell("quiet", stop.asked)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -77,9 +79,9 @@ if rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 try:
     while True:
-        ranks.any_rank(0)
+        processes.any_rank(0)
 except RuntimeError as error:
-    print(json.dumps({"lost": ranks.lost_peer(error), "text": str(error)}))
+    print(json.dumps({"lost": lost_peer(error), "text": str(error)}))
 """
 
 
@@ -105,11 +107,11 @@ def test_equal_facts_pass_and_different_ones_raise_the_same_on_all_ranks(togethe
     assert [told["agree"] for told in together] == [None, None]
     host = socket.gethostname()
     for name, words in {
-        "differ": [f"rank 1 ({host}) has data fingerprint ...0", '01",', f"rank 0 ({host}) has"],
+        "differ": [f"rank 1 ({host}) has data ...0", '01",', f"rank 0 ({host}) has"],
         "lack": ["rank 1", "has seed 5", "has nothing"],
     }.items():
         one, two = (told[name] for told in together)
-        assert one == two and one.startswith("RankError: ") and len(one) < 300
+        assert one == two and one.startswith("UserError: ") and len(one) < 300
         assert all(word in one for word in words), one
     assert "also" not in together[0]["differ"]  # the first difference is the one to mend
 
@@ -122,7 +124,7 @@ def test_a_folder_must_be_seen_by_all_ranks_and_is_left_clean(together):
         "unwritable": ["rank 0", "cannot write", "nowhere", "No such file"],
     }.items():
         for told in together:
-            assert told[name].startswith("RankError: "), told[name]
+            assert told[name].startswith("UserError: "), told[name]
             assert all(word in told[name] for word in words), told[name]
 
 
@@ -137,33 +139,34 @@ def test_a_killed_rank_is_recognized_by_the_others(together):
 
 def test_other_errors_are_no_lost_peer():
     for error in (ConnectionResetError("Connection reset by peer"), RuntimeError("out of memory")):
-        assert not ranks.lost_peer(error)
+        assert not lost_peer(error)
     timed_out = "[tcp/unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete"
-    assert ranks.lost_peer(RuntimeError(timed_out))
+    assert lost_peer(RuntimeError(timed_out))
     aborted = "NCCL communicator was aborted on rank 2."
-    assert ranks.lost_peer(dist.DistBackendError(aborted))
-    assert not ranks.lost_peer(dist.DistBackendError("NCCL error: invalid usage"))
+    assert lost_peer(dist.DistBackendError(aborted))
+    assert not lost_peer(dist.DistBackendError("NCCL error: invalid usage"))
 
 
 PATIENT = """
 import functools, json, os, sys, time
 from datetime import timedelta
 import deepspeed
-import ranks
+from system import processes
+from system.program import lost_peer
 
 deepspeed.init_distributed = functools.partial(  # in place of 10 minutes
     deepspeed.init_distributed, timeout=timedelta(seconds=3)
 )
-ranks.join(timeout=120)
+processes.join(timeout=120)
 rank = int(os.environ["RANK"])
-said = {"together": ranks.together(lambda: time.sleep(6 * (rank == 0)) or rank, ())}
-said["on_main"] = ranks.on_main(lambda: time.sleep(6))
+said = {"together": processes.together(lambda: time.sleep(6 * (rank == 0)) or rank)}
+said["on_main"] = processes.on_main(lambda: time.sleep(6))
 print(json.dumps(said), flush=True)
 try:
     time.sleep(6 * (rank == 0))
-    ranks.any_rank(0)
+    processes.any_rank(0)
 except RuntimeError as error:
-    print(json.dumps({"lost": ranks.lost_peer(error)}), flush=True)
+    print(json.dumps({"lost": lost_peer(error)}), flush=True)
 os._exit(0)
 """
 
@@ -179,7 +182,8 @@ def test_ranks_wait_for_what_rank_0_does_alone_but_not_for_one_that_hangs_in_a_s
 
 DYING = """
 import os, signal, sys
-import plan, train_inpo
+import train_inpo
+from training import plan
 
 if os.environ["RANK"] == "0":
     plan.check = lambda args: os.kill(os.getpid(), signal.SIGKILL)
@@ -201,14 +205,15 @@ def test_a_rank_that_dies_during_the_checks_ends_the_others_with_a_sentence(argv
 
 MEET = """
 import sys
-import ranks
+from system import processes
+from system.files import UserError
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    ranks.roll_call(float(sys.argv[1]))
+    processes.roll_call(float(sys.argv[1]))
     print("met")
-except ranks.RankError as error:
-    print(f"RankError: {error}")
+except UserError as error:
+    print(f"UserError: {error}")
 """
 
 
@@ -231,10 +236,10 @@ def test_two_jobs_on_one_port_do_not_mix_and_a_missing_rank_is_named():
                 time.sleep(0.01)
     said = [child.communicate(timeout=100)[0].strip() for child in jobs]
     lacks, _, occupied, met, _ = said
-    assert lacks.startswith(f"RankError: rank(s) 2 of 3 did not come to 127.0.0.1:{port} within")
+    assert lacks.startswith(f"UserError: rank(s) 2 of 3 did not come to 127.0.0.1:{port} within")
     assert f"here: 0-1 on {socket.gethostname()}" in lacks
     assert f"port {port} of this machine" in occupied and f"--master_port {port + 1}" in occupied
-    assert met.startswith("RankError: rank 1 (") and "--master_port" in met
+    assert met.startswith("UserError: rank 1 (") and "--master_port" in met
     assert f"{others} on 3 rank(s)` and met" in met and f"{patience} on 3 rank(s)" in met
     # Of the two that came as rank 1 either may be the first; the second is turned away.
     first, second = sorted([said[1], said[4]], key=lambda words: "second" in words)
@@ -258,8 +263,8 @@ def place(monkeypatch):
 def test_a_rank_that_cannot_reach_rank_0_says_where_and_why(place, monkeypatch):
     port = place(3, 4)
     monkeypatch.setattr(dist, "is_initialized", lambda: False)  # by another test of this process
-    with pytest.raises(ranks.RankError) as sentence:
-        ranks.join(0.2)
+    with pytest.raises(UserError) as sentence:
+        processes.join(0.2)
     for word in ("rank 3 (", f"127.0.0.1:{port}", "Connection refused", "--master_addr"):
         assert word in str(sentence.value)
 
@@ -267,19 +272,17 @@ def test_a_rank_that_cannot_reach_rank_0_says_where_and_why(place, monkeypatch):
 def test_a_port_that_another_program_has_is_named_with_the_fix(place):
     port = place(0, 1)
     with socket.create_server(("", port)):
-        with pytest.raises(
-            ranks.RankError, match=f"port {port} .*in use.*--master_port {port + 1}"
-        ):
-            ranks.roll_call(1)
+        with pytest.raises(UserError, match=f"port {port} .*in use.*--master_port {port + 1}"):
+            processes.roll_call(1)
 
 
 def test_rank_0_tells_whom_it_waits_for_after_20_s_and_every_30(place, monkeypatch, capsys):
     place(0, 8)
     now, hour = time.monotonic(), iter(range(10**6))
     clock = SimpleNamespace(monotonic=lambda: now + next(hour) / 10, sleep=lambda _: None)
-    monkeypatch.setattr(ranks, "time", clock)
-    with pytest.raises(ranks.RankError, match=r"rank\(s\) 1-7 of 8"):
-        ranks.roll_call(100)
+    monkeypatch.setattr(processes, "time", clock)
+    with pytest.raises(UserError, match=r"rank\(s\) 1-7 of 8"):
+        processes.roll_call(100)
     lines = capsys.readouterr().out.splitlines()
     assert [line[: line.index(";")] for line in lines] == [
         f"Waiting for rank(s) 1-7 of 8 ({seconds} s" for seconds in (20, 50, 80)
@@ -291,19 +294,19 @@ def test_rank_0_tells_whom_it_waits_for_after_20_s_and_every_30(place, monkeypat
 
 
 def test_a_group_of_one_needs_no_launcher(tmp_path):
-    ranks.join()
+    processes.join()
     assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
-    ranks.join()  # as a second run in one process does
-    assert ranks.any_rank(5) == 5
-    ranks.agree({"a": tmp_path})
-    ranks.shares_folder(tmp_path)
+    processes.join()  # as a second run in one process does
+    assert processes.any_rank(5) == 5
+    processes.agree({"a": tmp_path})
+    processes.shares_folder(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_stop_notes_signals_raises_at_the_second_interrupt_and_restores_the_handlers():
-    ranks.join()
+    processes.join()
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with ranks.Stop() as stop:
+    with processes.Stop() as stop:
         assert stop.asked() == 0
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # as the launcher sends after a Ctrl-C
@@ -315,11 +318,11 @@ def test_stop_notes_signals_raises_at_the_second_interrupt_and_restores_the_hand
 
 
 def test_stop_in_another_thread_leaves_the_handlers_alone():
-    ranks.join()
+    processes.join()
     seen, before = [], signal.getsignal(signal.SIGTERM)
 
     def body():
-        with ranks.Stop() as stop:
+        with processes.Stop() as stop:
             seen.append((signal.getsignal(signal.SIGTERM), stop.asked()))
 
     thread = threading.Thread(target=body)
@@ -334,34 +337,33 @@ def test_stop_in_another_thread_leaves_the_handlers_alone():
 
 def test_code_version_follows_the_code_and_nothing_else(tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text("a = 1")
-    monkeypatch.setattr(ranks, "__file__", str(tmp_path / "ranks.py"))
-    first = ranks.code_version()
+    first = processes.code_version(tmp_path)
     (tmp_path / "notes.md").write_text("")
-    assert ranks.code_version() == first and len(first) == 12 and int(first, 16)
+    assert processes.code_version(tmp_path) == first and len(first) == 12 and int(first, 16)
     (tmp_path / "a.py").rename(tmp_path / "b.py")
-    renamed = ranks.code_version()
+    renamed = processes.code_version(tmp_path)
     (tmp_path / "b.py").write_text("a = 2")
-    changed = ranks.code_version()
-    monkeypatch.setattr(ranks, "version", lambda package: "0")
-    assert len({first, renamed, changed, ranks.code_version()}) == 4
+    changed = processes.code_version(tmp_path)
+    monkeypatch.setattr(processes, "version", lambda package: "0")
+    assert len({first, renamed, changed, processes.code_version(tmp_path)}) == 4
 
 
 def test_numbers_of_ranks_are_shortened():
-    assert ranks.spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8" and ranks.spans([]) == ""
+    assert processes.spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8" and processes.spans([]) == ""
 
 
 def test_an_excerpt_shows_the_difference():
     a, b = "x" * 300 + "1" + "y" * 300, "x" * 300 + "2" + "y" * 300
-    assert "x1y" in ranks.excerpt(a, b) and "x2y" in ranks.excerpt(b, a)
-    assert len(ranks.excerpt(a, b)) == 66 and ranks.excerpt("short", "other") == "short"
+    assert "x1y" in processes.excerpt(a, b) and "x2y" in processes.excerpt(b, a)
+    assert len(processes.excerpt(a, b)) == 66 and processes.excerpt("short", "other") == "short"
 
 
 def test_a_node_speaks_once(monkeypatch, capsys):
     for rank, local in ((0, 0), (1, 1), (2, 0), (3, 1)):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(local))
-        ranks.print_node("node", rank)
-        ranks.print0("job", rank)
+        processes.print_node("node", rank)
+        processes.print0("job", rank)
     assert capsys.readouterr().out.split("\n") == ["node 0", "job 0", "node 2", ""]
 
 
@@ -379,9 +381,11 @@ def test_two_network_namespaces_make_one_group(tmp_path):
     subprocess.run(["ip", "netns", "del", probe], check=True)
     program = tmp_path / "hello.py"
     program.write_text(
-        "import os, socket, ranks\n"
-        "ranks.join(timeout=120)\n"
-        "ranks.print0(*ranks.gather(socket.gethostname()), ranks.any_rank(int(os.environ['RANK'])))"
+        "import os, socket\n"
+        "from system import processes\n"
+        "processes.join(timeout=120)\n"
+        "hosts = processes.gather(socket.gethostname())\n"
+        "processes.print0(*hosts, processes.any_rank(int(os.environ['RANK'])))"
     )
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     clean |= {"PATH": f"{Path(sys.executable).parent}:{clean['PATH']}", "PYTHONPATH": str(ROOT)}

@@ -2,18 +2,16 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
 
 import evaluate
-import export
 import loss
-import plan
 from invert import ddim_invert
+from system.files import ROOT
+from training import export, plan
 
-ROOT = Path(plan.__file__).parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [

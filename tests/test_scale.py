@@ -8,7 +8,7 @@ import torch
 from by_hand import steps
 from launch import launch
 
-import run
+from training import run
 
 STAGES, WORLDS = (1, 2, 3), (1, 2, 4)
 

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import pretrain
-import scorers
 import toy
+from evaluation import scorers
+from lab import pretrain
+from system.files import UserError
 
 SIZE, PATCH, LENGTH, DIM, HEADS = 32, 8, 10, 16, 2
 LEARNED = ["aesthetic", "pickscore", "hps", "hps-v2.0", "clip"]
@@ -358,7 +359,7 @@ def test_other_modes_score_as_their_rgb(made, name):
 
 
 def test_as_many_images_as_prompts(made):
-    with pytest.raises(scorers.ScorerError, match="clip: 1 images, but 2 prompts"):
+    with pytest.raises(UserError, match="clip: 1 images, but 2 prompts"):
         scorers.load("clip", made[0])(pictures()[:1], PROMPTS[:2])
 
 
@@ -438,7 +439,7 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(copy, name, file, tensor,
     scorers.check(name, PROMPTS, copy)
     rewrite(copy / file, change)
     for run in (scorers.check, lambda *args: scorers.load(name, copy)):
-        with pytest.raises(scorers.ScorerError) as refused:
+        with pytest.raises(UserError) as refused:
             run(name, PROMPTS, copy)
         text = str(refused.value)
         assert text.startswith(f"scorer {name}: ") and str(copy / file) in text
@@ -455,7 +456,7 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(copy, name, file, tensor,
 def test_a_head_with_two_outputs_is_refused(copy):
     rewrite(copy / HEAD, lambda head: head.update({"layers.7.bias": torch.zeros(2)}))
     refusal = r"has shape \(2,\) for layers.7.bias, the architecture shape \(1,\)"
-    with pytest.raises(scorers.ScorerError, match=refusal):
+    with pytest.raises(UserError, match=refusal):
         scorers.check("aesthetic", PROMPTS, copy)
 
 
@@ -475,7 +476,7 @@ class Code:
 )
 def test_a_pickle_with_code_is_refused_and_not_run(copy, name, file):
     torch.save({"state_dict": {}, "extra": Code(copy / "owned")}, copy / file)
-    with pytest.raises(scorers.ScorerError, match="more than plain tensors.*download it again"):
+    with pytest.raises(UserError, match="more than plain tensors.*download it again"):
         scorers.check(name, PROMPTS, copy)
     assert not (copy / "owned").exists()
 
@@ -495,7 +496,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(copy, name, file):
 @pytest.mark.parametrize("content", ["{", "version https://git-lfs.github.com/spec/v1\noid 1\n"])
 def test_a_broken_file_is_named_in_one_sentence(copy, name, file, content):
     (copy / file).write_text(content)
-    with pytest.raises(scorers.ScorerError) as refused:
+    with pytest.raises(UserError) as refused:
         scorers.check(name, PROMPTS, copy)
     assert str(copy / file).removesuffix("merges.txt").removesuffix("vocab.json") in str(
         refused.value
@@ -509,21 +510,21 @@ def test_a_vocabulary_with_another_end_token_is_refused(copy):
     vocab[last], vocab[end] = vocab[end], vocab[last]
     (copy / H / "vocab.json").write_text(json.dumps(vocab))
     for name in ("clip", "pickscore", "hps"):
-        with pytest.raises(scorers.ScorerError, match="vocab.json' ends a text with"):
+        with pytest.raises(UserError, match="vocab.json' ends a text with"):
             scorers.check(name, PROMPTS, copy)
 
 
 def test_a_crop_of_another_size_is_refused(copy):
     path = copy / H / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"crop_size": 48}))
-    with pytest.raises(scorers.ScorerError, match="crops to 48 x 48, but the model reads 32 x 32"):
+    with pytest.raises(UserError, match="crops to 48 x 48, but the model reads 32 x 32"):
         scorers.check("pickscore", PROMPTS, copy)
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_an_unreachable_hub_gives_one_sentence(tmp_path, name):
     for folder in (None, tmp_path):
-        with pytest.raises(scorers.ScorerError) as refused:
+        with pytest.raises(UserError) as refused:
             scorers.check(name, PROMPTS, folder)
         text = str(refused.value)
         assert text.startswith(f"scorer {name}: there is no config.json of ")
@@ -536,7 +537,7 @@ def test_an_answer_of_the_hub_is_told_by_its_first_line(tmp_path, monkeypatch):
         raise OSError("404 Client Error.\n\nEntry not found.")
 
     monkeypatch.setattr(scorers, "hf_hub_download", download)
-    with pytest.raises(scorers.ScorerError) as refused:
+    with pytest.raises(UserError) as refused:
         scorers.check("clip", PROMPTS, tmp_path)
     assert f"there is no config.json of {H}: 404 Client Error.; check the net" in str(refused.value)
 
@@ -585,7 +586,7 @@ def test_the_folder_comes_before_the_hub(made, monkeypatch):
 @pytest.mark.parametrize("name", ["preference", "faithfulness"])
 def test_a_toy_scorer_refuses_prompts_that_are_no_toy_captions(name):
     scorers.check(name, toy.prompts())
-    with pytest.raises(scorers.ScorerError) as refused:
+    with pytest.raises(UserError) as refused:
         scorers.check(name, [*toy.prompts(), "a corgi"])
     assert str(refused.value).startswith(f"scorer {name}: 'a corgi' is not a toy caption")
     assert str(refused.value).endswith("have aesthetic, pickscore, hps, hps-v2.0, clip.")
@@ -593,10 +594,10 @@ def test_a_toy_scorer_refuses_prompts_that_are_no_toy_captions(name):
 
 def test_an_unknown_scorer_is_refused_with_the_known_ones():
     for run in (lambda: scorers.check("beauty", []), lambda: scorers.load("beauty")):
-        with pytest.raises(scorers.ScorerError, match="unknown scorer 'beauty'; there are pref"):
+        with pytest.raises(UserError, match="unknown scorer 'beauty'; there are pref"):
             run()
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(scorers.ScorerError, match="there is no folder '.*nowhere'"):
+    with pytest.raises(UserError, match="there is no folder '.*nowhere'"):
         scorers.check("clip", PROMPTS, tmp_path / "nowhere")

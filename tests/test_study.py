@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import figures
-import plan
-import report
-import run
-import study
 import toy
+from evaluation import figures
+from lab import report, study
+from system.files import UserError
+from training import plan
 
 PROMPTS = toy.prompts("heldout")
 
@@ -115,7 +114,7 @@ def test_what_is_done_is_kept_and_counted(ran):
 def test_a_run_that_fails_is_named_with_its_log(tmp_path):
     wrong = study.Variant("wrong", "--method dpo --eta 0.1", (1,))
     jobs = study.jobs_of(study.Study([wrong], [0], 1), tmp_path)
-    with pytest.raises(run.RunError, match=r"--eta: has no meaning.*wrong-seed-0\.log"):
+    with pytest.raises(UserError, match=r"--eta: has no meaning.*wrong-seed-0\.log"):
         study.run_all(jobs[1:], 2)
 
 

@@ -18,8 +18,8 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 import model
-import pretrain
 import toy
+from lab import pretrain
 
 SATURATIONS, BLURS = (0.3, 0.5, 1.0), (0.0, 0.8, 1.6, 2.5)  # the whole range of both
 EVERY = [

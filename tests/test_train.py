@@ -26,14 +26,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data
-import lora
 import model
-import plan
-import ranks
-import run
 import train_inpo
-
-ROOT = Path(train_inpo.__file__).parent
+from system import processes
+from system.files import ROOT, UserError
+from training import lora, plan, run
 
 
 def metrics(out) -> list[dict]:
@@ -96,7 +93,7 @@ def test_a_run_that_was_stopped_and_resumed_is_bitwise_the_undisturbed_one(argv,
 
 
 def test_a_run_says_on_resume_that_its_code_is_not_the_one_it_began_with(argv, monkeypatch, capsys):
-    began = ranks.code_version()
+    began = processes.code_version()
     for steps, code in ((1, began), (2, began), (3, "another"), (4, "a third"), (5, began)):
         monkeypatch.setattr(run, "code_version", lambda code=code: code)
         train_inpo.main(argv(steps=steps, checkpoint_every=1))
@@ -530,14 +527,14 @@ def test_a_folder_is_free_if_it_has_no_more_than_empty_leavings_of_a_start(tmp_p
     run.check_folder(tmp_path, {})
     for taken in ("samples/1.png", "checkpoints", "notes.txt", ".locked"):
         (tmp_path / taken).write_text("")
-        with pytest.raises(run.RunError, match="holds files of something else"):
+        with pytest.raises(UserError, match="holds files of something else"):
             run.check_folder(tmp_path, {})
         (tmp_path / taken).unlink()
     run.check_folder(tmp_path, {})
 
 
 def test_a_second_job_in_the_folder_is_refused_until_the_first_ends(argv, tmp_path, capsys):
-    ranks.join()
+    processes.join()
     out = tmp_path / "run"
     with run.alone(out):
         assert f"--out {out}: another job is writing there" in refuse(argv(steps=1), capsys)
@@ -550,14 +547,14 @@ def test_a_second_job_in_the_folder_is_refused_until_the_first_ends(argv, tmp_pa
 
 
 def test_the_lock_ends_with_its_process_however_it_ends_and_not_with_its_children(tmp_path):
-    code = "import run, subprocess, sys; from pathlib import Path; lock = run.lock(Path('.'));"
+    code = "import subprocess, sys; from pathlib import Path; from training import run; lock = run.lock(Path('.'));"
     code += "print(subprocess.Popen(['sleep', '60'], close_fds=False).pid, flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, **pipes)
     worker = int(next(line for line in holder.stdout if line.strip().isdigit()))
     try:
-        with pytest.raises(run.RunError, match="another job"):
+        with pytest.raises(UserError, match="another job"):
             run.lock(tmp_path)
         holder.kill()
         holder.wait()

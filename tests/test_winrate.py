@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-import winrate
+from evaluation import winrate
 
 Z2 = 1.959963984540054**2  # squared 97.5 % point of the normal distribution
 

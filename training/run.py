@@ -40,14 +40,13 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-import card
-import checkpoint
-import figures
-import guard
-import lora
 import model
-from preview import Preview, replace
-from ranks import Stop, agree, code_version, is_main, on_main, print0, shares_folder
+from evaluation import figures
+from system import checkpoint
+from system.files import UserError
+from system.processes import Stop, agree, code_version, is_main, on_main, print0, shares_folder
+from training import card, guard, lora
+from training.preview import Preview, replace
 
 # What may differ when a run goes on: flags, and keys of ds_config.json.
 HARMLESS = {"steps", "workers", "micro_batch", "judge", "keep", "keep_every"}
@@ -57,10 +56,6 @@ ENGINE |= {"tensorboard", "csv_monitor", "wandb", "steps_per_print", "wall_clock
 KERNELS = {"torch_adam", "fused", "foreach"}  # of ds_config's optimizer: how, not what
 LOCK = ".lock"  # in a run's folder
 FOUND = {"data_fingerprint", "start_identity"}  # in run.json, beside what was asked for
-
-
-class RunError(ValueError):
-    """A run that cannot start: one sentence that names the flag or file and the fix."""
 
 
 # -------------------------------------------------------------------------------------------------
@@ -93,27 +88,27 @@ def differences(there: dict, now: dict) -> str:
 
 
 def check_folder(out: Path, asked: dict):
-    """Raises RunError where `out` cannot be written to, holds something else, or a run that was
+    """Raises UserError where `out` cannot be written to, holds something else, or a run that was
     asked for differently."""
     record, place = out / "run.json", out
     if out.exists() and not out.is_dir():
-        raise RunError(f"--out {out}: is a file; name a folder.")
+        raise UserError(f"--out {out}: is a file; name a folder.")
     while not place.exists():
         place = place.parent
     if not os.access(place, os.W_OK):
-        raise RunError(f"--out {out}: {place} cannot be written to; name another folder.")
+        raise UserError(f"--out {out}: {place} cannot be written to; name another folder.")
     if not record.exists():
         if out.exists() and not all(map(is_ours, out.iterdir())):
-            raise RunError(f"--out {out}: holds files of something else; name an empty folder.")
+            raise UserError(f"--out {out}: holds files of something else; name an empty folder.")
         return
     try:
         there = json.loads(record.read_text())
     except ValueError as error:
-        raise RunError(
+        raise UserError(
             f"--out {out}: its run.json is damaged ({error}); name another folder."
         ) from error
     if differ := differences(there, asked):
-        raise RunError(
+        raise UserError(
             f"--out {out}: holds another run ({differ}); name another folder, or repeat that run's "
             "command to resume it."
         )
@@ -127,11 +122,10 @@ def is_ours(path: Path) -> bool:
 
 @contextlib.contextmanager
 def alone(out: Path):
-    """Be the one job that writes to `out` while inside. Raises RunError where another one is
+    """Be the one job that writes to `out` while inside. Raises UserError where another one is
     (collective). The lock is rank 0's and ends with it, however it ends."""
     with contextlib.ExitStack() as held:
-        if failure := on_main(lambda: held.callback(os.close, lock(out))):
-            raise RunError(failure)
+        on_main(lambda: held.callback(os.close, lock(out)) and None)
         yield
 
 
@@ -146,7 +140,7 @@ def lock(out: Path) -> int:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(file)
-        raise RunError(
+        raise UserError(
             f"--out {out}: another job is writing there; wait for it, or name another folder."
         ) from error
     except OSError:
@@ -154,8 +148,8 @@ def lock(out: Path) -> int:
     return file
 
 
-def unwritten(out: Path, error: OSError) -> RunError:
-    return RunError(
+def unwritten(out: Path, error: OSError) -> UserError:
+    return UserError(
         f"--out {out}: {error.filename} cannot be written ({error.strerror}); mend that and repeat "
         "the command, or name another folder."
     )
@@ -193,8 +187,7 @@ class Run:
         self.watch, self.broken = guard.Watch(), guard.Broken(args.out, dist.get_rank(), limit)
         self.preview = Preview(args)
         agree(record | {"prompts": self.preview.prompts})  # record has the model's identity, too
-        if failure := on_main(self.claim):
-            raise RunError(failure)
+        on_main(self.claim)
         shares_folder(self.out)
 
     def claim(self):
@@ -220,7 +213,7 @@ class Run:
     def log(self, engine, step: int, lr: float):
         """Average over micro-steps and ranks; write to file, monitor and bar; say what looks wrong.
 
-        Raises guard.StopTraining where too many steps in a row failed."""
+        Raises UserError where too many steps in a row failed."""
         names = list(self.micro[0])
         means = torch.stack([torch.stack([one[name] for name in names]) for one in self.micro])
         means = means.mean(0) / dist.get_world_size()
@@ -354,8 +347,7 @@ class Run:
             kept = [line for line in read_metrics(self.out) if line["step"] <= start]
             replace(self.out / "metrics.jsonl", "".join(json.dumps(one) + "\n" for one in kept))
 
-        if failure := on_main(drop):
-            raise RunError(f"--out {self.out}: {failure}.")
+        on_main(drop)
         options = {"desc": self.out.name, "unit": "step", "total": self.args.steps}
         self.bar = tqdm(**options, initial=start, disable=not is_main())
         self.clock = time.time()
@@ -391,11 +383,13 @@ class Run:
             figures.curves(lines, self.out / "curves.png", title, method)
             (self.out / "README.md").write_text(card.render(self.card, lines))
 
-        if failure := on_main(write):
-            raise RunError(
-                f"--out {self.out}: the aligned model was not written ({failure}); make room and "
-                "repeat the command, which goes on from the last checkpoint."
-            )
+        try:
+            on_main(write)
+        except UserError as error:
+            raise UserError(
+                f"--out {self.out}: the aligned model was not written ({error}); make room and "
+                "repeat the command, which continues from the last checkpoint."
+            ) from error
         print0(f"Wrote the aligned model to {self.out}.")
 
 

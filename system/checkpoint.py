@@ -32,13 +32,10 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch.serialization import set_crc32_options
 
-from ranks import first, gather, on_main, print0, share
+from system.files import UserError
+from system.processes import first, gather, on_main, print0, share
 
 LIST = "checkpoint.json"
-
-
-class CheckpointError(ValueError):
-    """Checkpoints that cannot be used: one sentence that names the folder and the fix."""
 
 
 def complete(folder: Path) -> list[Path]:
@@ -48,7 +45,7 @@ def complete(folder: Path) -> list[Path]:
 
 
 def read_list(path: Path) -> dict:
-    """{step, world, stage, run, files: {name: [bytes, CRC-32]}} of a checkpoint; CheckpointError
+    """{step, world, stage, run, files: {name: [bytes, CRC-32]}} of a checkpoint; UserError
     if it has none."""
     try:
         facts = json.loads((path / LIST).read_text())
@@ -56,7 +53,7 @@ def read_list(path: Path) -> dict:
             raise ValueError("some of its keys are missing")
     except (OSError, ValueError, AttributeError) as error:
         words = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path / LIST} cannot be read ({words}).") from error
+        raise UserError(f"{path / LIST} cannot be read ({words}).") from error
     return facts
 
 
@@ -136,7 +133,12 @@ def save(engine, step: int, folder: Path, run: dict, keep: int, every: int) -> s
     files = {name: sums for written in gather(writer.files) for name, sums in written.items()}
     facts = {"step": step, "world": dist.get_world_size(), "run": run, "files": files}
     facts["stage"] = engine.zero_optimization_stage()
-    failure = first(writer.failure) or on_main(lambda: _publish(scratch, path, facts))
+    failure = first(writer.failure)
+    try:
+        if failure is None:
+            on_main(lambda: _publish(scratch, path, facts))
+    except UserError as error:
+        failure = str(error)
     on_main(lambda: _clean(folder) if failure else _prune(folder, keep, every))
     return failure
 
@@ -182,7 +184,7 @@ def resume(engine, folder: Path, run: dict, essence: Callable[[dict], dict] = di
     run: what the checkpoint must have been saved with. essence: what counts of what was recorded.
 
     Broken ones that are newer are set aside with a warning. Another number of ranks or ZeRO stage
-    goes through DeepSpeed's universal checkpoint. Raises CheckpointError where a checkpoint is of
+    goes through DeepSpeed's universal checkpoint. Raises UserError where a checkpoint is of
     another run, or where there are some and none can be read."""
     on_main(lambda: _clean(folder))
     flaws = {}
@@ -193,15 +195,14 @@ def resume(engine, folder: Path, run: dict, essence: Callable[[dict], dict] = di
         flaws[path] = flaw
     else:
         if flaws:
-            raise CheckpointError(
+            raise UserError(
                 f"{folder}: none of its checkpoints can be read ({'; '.join(flaws.values())}); put "
                 "back a copy of one, or move the run's folder away to start anew."
             )
         return 0
     for broken, flaw in flaws.items():
         print0(f"Warning: {flaw}; {broken.name} is set aside as .broken, {path.name} is used.")
-        if failure := on_main(lambda broken=broken: _set_aside(broken)):
-            raise CheckpointError(f"{broken}: is broken and cannot be set aside ({failure}).")
+        on_main(lambda broken=broken: _set_aside(broken))
     return _load(engine, path, run, essence)
 
 
@@ -219,7 +220,7 @@ def _flaw(path: Path, rank: int = 0, world: int = 1) -> str | None:
                     found = zlib.crc32(block, found)
             if found != crc:
                 return f"{path / name} has changed since it was written"
-    except CheckpointError as error:
+    except UserError as error:
         return str(error).rstrip(".")
     except OSError as error:
         return f"{path / name} cannot be read ({error.strerror})"
@@ -230,7 +231,12 @@ def _flaw(path: Path, rank: int = 0, world: int = 1) -> str | None:
 
 def _set_aside(path: Path):
     names = (path.with_suffix(f".broken{number or ''}") for number in itertools.count())
-    path.rename(next(name for name in names if not name.exists()))
+    try:
+        path.rename(next(name for name in names if not name.exists()))
+    except OSError as error:
+        raise UserError(
+            f"{path}: is broken and cannot be set aside ({error.strerror}); move it away."
+        ) from error
 
 
 def _load(engine, path: Path, run: dict, essence: Callable[[dict], dict]) -> int:
@@ -242,7 +248,7 @@ def _load(engine, path: Path, run: dict, essence: Callable[[dict], dict]) -> int
         if there.get(key) != run.get(key)
     ]
     if differ:
-        raise CheckpointError(
+        raise UserError(
             f"{path}: is a checkpoint of another run ({'; '.join(differ)}); move it away, or name "
             "another --out."
         )
@@ -253,11 +259,13 @@ def _load(engine, path: Path, run: dict, essence: Callable[[dict], dict]) -> int
             f"{path.name} was written by {facts['world']} rank(s) with ZeRO-{facts['stage']}; "
             f"converting it for {world} with ZeRO-{stage}."
         )
-        if failure := on_main(lambda: _convert(path, source, facts["stage"], stage)):
-            raise CheckpointError(
-                f"{path}: cannot be converted ({failure}); that needs twice its size of free "
+        try:
+            on_main(lambda: _convert(path, source, facts["stage"], stage))
+        except UserError as error:
+            raise UserError(
+                f"{path}: cannot be converted ({error}); that needs twice its size of free "
                 f"disk, and with {facts['world']} rank(s) and ZeRO-{facts['stage']} nothing."
-            )
+            ) from error
     engine._config.load_universal_checkpoint = source != path  # nothing else reads it, 0.19.8
     with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints
         options = {"tag": source.name, "load_module_strict": False}
@@ -287,7 +295,7 @@ def _convert(path: Path, target: Path, before: int, now: int):
         _translate(target, before, now)
     except Exception as error:  # on rank 0 alone: the others wait
         shutil.rmtree(target.parent, ignore_errors=True)
-        raise CheckpointError(f"{type(error).__name__}: {error}") from error
+        raise UserError(f"{type(error).__name__}: {error}") from error
 
 
 def _translate(folder: Path, before: int, now: int):
@@ -344,11 +352,11 @@ def begin(engine, weights: dict[str, torch.Tensor]):
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     """The fp32 master weights of a checkpoint by name, whatever its ranks and ZeRO stage; of a LoRA
-    run, the adapters'. Raises CheckpointError where it is broken."""
+    run, the adapters'. Raises UserError where it is broken."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     if flaw := _flaw(path):
-        raise CheckpointError(f"{flaw}; name another checkpoint.")
+        raise UserError(f"{flaw}; name another checkpoint.")
     with contextlib.redirect_stdout(io.StringIO()):
         return get_fp32_state_dict_from_zero_checkpoint(
             str(path.parent), tag=path.name, exclude_frozen_parameters=True

@@ -25,10 +25,10 @@ from pathlib import Path
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import run
-from ranks import HelpFormatter
+from system.files import ROOT, UserError
+from system.program import HelpFormatter
+from training import run
 
-ROOT = Path(__file__).parent
 FLAGS = "--model tiny --steps 40 --batch 4 --micro-batch 2 --checkpoint-every 1 --sample-every 20"
 KINDS = {
     "SIGKILL, all ranks": (signal.SIGKILL, True),
@@ -36,10 +36,6 @@ KINDS = {
     "SIGTERM, one rank": (signal.SIGTERM, False),
 }
 LATE = 120  # seconds after which a rank that should have ended is a failure
-
-
-class ChaosError(ValueError):
-    """What went wrong, in one sentence."""
 
 
 def start(flags: list[str], out: Path, ranks: int) -> list[subprocess.Popen]:
@@ -60,14 +56,14 @@ def start(flags: list[str], out: Path, ranks: int) -> list[subprocess.Popen]:
 
 
 def wait(children: list[subprocess.Popen], out: Path) -> list[int]:
-    """The exit codes. Raises ChaosError where a rank does not end."""
+    """The exit codes. Raises UserError where a rank does not end."""
     try:
         return [child.wait(LATE) for child in children]
     except subprocess.TimeoutExpired as error:
         for child in children:
             child.kill()
         log = out.with_suffix(".log")
-        raise ChaosError(f"a rank was still there after {LATE} s; see {log}.") from error
+        raise UserError(f"a rank was still there after {LATE} s; see {log}.") from error
 
 
 def step_of(out: Path) -> int:
@@ -128,25 +124,25 @@ def chaos(
     flags: list[str], folder: Path, kills: int, ranks: int = 2, seed: int = 0, span: float = 2.0
 ) -> list[dict]:
     """Run undisturbed, then with so many kills; what was done. span: seconds after a step within
-    which a kill comes. Raises ChaosError."""
+    which a kill comes. Raises UserError."""
     calm, storm, dice, done = folder / "calm", folder / "storm", random.Random(seed), []
     for out in (calm, storm):
         shutil.rmtree(out, ignore_errors=True)
         out.with_suffix(".log").unlink(missing_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
     if any(wait(start(flags, calm, ranks), calm)):
-        raise ChaosError(f"the undisturbed run failed; see {calm}.log.")
+        raise UserError(f"the undisturbed run failed; see {calm}.log.")
     kinds = [list(KINDS)[k % len(KINDS)] for k in range(kills)]
     dice.shuffle(kinds)
     for name in tqdm(kinds, desc="kills", unit="kill"):
         event = disturb(start(flags, storm, ranks), storm, name, span, dice)
         if event is None:
-            raise ChaosError(f"the run finished after {len(done)} kills; give it more --steps.")
+            raise UserError(f"the run finished after {len(done)} kills; give it more --steps.")
         done.append(event)
     if any(wait(start(flags, storm, ranks), storm)):
-        raise ChaosError(f"the run did not finish after {kills} kills; see {storm}.log.")
+        raise UserError(f"the run did not finish after {kills} kills; see {storm}.log.")
     if not equal(calm, storm):
-        raise ChaosError(f"{storm} differs from {calm}, which nobody disturbed.")
+        raise UserError(f"{storm} differs from {calm}, which nobody disturbed.")
     return done
 
 
@@ -204,7 +200,7 @@ def main(argv: list[str] | None = None):
     begun = time.time()
     try:
         done = chaos(args.flags.split(), args.out, args.kills, args.ranks, args.seed)
-    except ChaosError as error:
+    except UserError as error:
         print(f"chaos.py: error: {error}", file=sys.stderr)
         sys.exit(1)
     text = report(done, args, time.time() - begun)

@@ -11,7 +11,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from scorers import PERCENT, TITLES
+from evaluation.scorers import PERCENT, TITLES
 
 # --------------------------------------------------------------------------------------------------
 # Statistics. Prompts are the independent unit: all images of a prompt stay together.

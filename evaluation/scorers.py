@@ -37,6 +37,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import toy
+from system.files import UserError
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_L = "openai/clip-vit-large-patch14"
@@ -45,10 +46,6 @@ HPS = "xswu/HPSv2"
 # Others have put it on the hub. The original, in christophschuhmann/improved-aesthetic-predictor on
 # GitHub, has SHA-256 21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0.
 AESTHETIC = "camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth"
-
-
-class ScorerError(ValueError):
-    """A scorer that cannot be used: one sentence that names it, the file or tensor, and the fix."""
 
 
 # -------------------------------------------------------------------------------------------------
@@ -71,7 +68,7 @@ def locate(folder: Path | None, repository: str, *files: str) -> Path:
             failure, reason = error, first_line(error)
             if isinstance(error, LocalEntryNotFoundError):
                 reason = "the hub cannot be reached"
-    raise ScorerError(
+    raise UserError(
         f"there is no {' or '.join(files)} of {repository}: {reason}; check the network, or put "
         f"the file at {Path(folder or 'FOLDER', repository, files[0])}."
     ) from failure
@@ -85,7 +82,7 @@ def opened(reader: Callable, path: Path):
         reason = first_line(error)
         if isinstance(error, pickle.UnpicklingError):
             reason = "it holds more than plain tensors, or is broken, and a pickle can run code"
-        raise ScorerError(f"'{path}' is not opened: {reason}; download it again.") from error
+        raise UserError(f"'{path}' is not opened: {reason}; download it again.") from error
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -136,14 +133,14 @@ def open_clip_names(names: list[str]) -> dict[str, list[str]]:
 
 
 def match(found: dict[str, Tensor], shapes: dict[str, tuple], path: Path):
-    """Raises ScorerError with the name of the first tensor that is missing, unknown or misshaped.
+    """Raises UserError with the name of the first tensor that is missing, unknown or misshaped.
 
     found: tensors of the file at path; shapes: {name: shape} that the architecture asks for."""
     found = {name: tuple(x.shape) for name, x in found.items() if not name.endswith(BUFFERS)}
     for name in [*shapes, *found]:
         has, asked = found.get(name), shapes.get(name)
         if has != asked:
-            raise ScorerError(
+            raise UserError(
                 f"'{path}' has {f'shape {has}' if has is not None else 'no tensor'} for {name}, "
                 f"the architecture {f'shape {asked}' if asked is not None else 'no such tensor'}; "
                 "take the published file."
@@ -193,7 +190,7 @@ def load_crop(folder: Path | None, repository: str, model: CLIPModel) -> Callabl
     size, crop = model.config.vision_config.image_size, processor.crop_size
     if (crop.height, crop.width) != (size, size):
         has = f"'{path}' crops to {crop.height} x {crop.width}"
-        raise ScorerError(f"{has}, but the model reads {size} x {size}; take the published file.")
+        raise UserError(f"{has}, but the model reads {size} x {size}; take the published file.")
     return lambda images: processor(images, return_tensors="pt")["pixel_values"]
 
 
@@ -225,7 +222,7 @@ def load_tokenizer(folder: Path | None, repository: str, model: CLIPModel) -> Ca
     end = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
     if tokenizer.eos_token_id != end:
         has = f"'{vocab}' ends a text with {tokenizer.eos_token_id}"
-        raise ScorerError(f"{has}, but the model looks for {end}; take the published files.")
+        raise UserError(f"{has}, but the model looks for {end}; take the published files.")
     length = text.max_position_embeddings
     return lambda prompts: tokenizer(
         prompts, padding=True, truncation=True, max_length=length, return_tensors="pt"
@@ -334,15 +331,15 @@ def load(name: str, folder: Path | None = None, device="cpu") -> Callable:
 
     folder: holds copies of hub repositories as owner/name; what is not there comes from the hub.
     Transparency is dropped, not blended. An image scores the same alone and in a batch, up to
-    rounding. Raises ScorerError."""
+    rounding. Raises UserError."""
     if name not in SCORERS:
-        raise ScorerError(f"unknown scorer '{name}'; there are {', '.join(SCORERS)}.")
+        raise UserError(f"unknown scorer '{name}'; there are {', '.join(SCORERS)}.")
     try:
         if folder is not None and not Path(folder).is_dir():
-            raise ScorerError(f"there is no folder '{folder}'; name one that holds owner/name.")
+            raise UserError(f"there is no folder '{folder}'; name one that holds owner/name.")
         judge = SCORERS[name](folder, device)
-    except ScorerError as error:
-        raise ScorerError(f"scorer {name}: {error}") from error
+    except UserError as error:
+        raise UserError(f"scorer {name}: {error}") from error
 
     @torch.no_grad()
     @torch.backends.cudnn.flags(
@@ -350,14 +347,14 @@ def load(name: str, folder: Path | None = None, device="cpu") -> Callable:
     )  # fp32 also where patches are embedded
     def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
         if len(images) != len(prompts):
-            raise ScorerError(f"scorer {name}: {len(images)} images, but {len(prompts)} prompts.")
+            raise UserError(f"scorer {name}: {len(images)} images, but {len(prompts)} prompts.")
         return judge([image.convert("RGB") for image in images], prompts).tolist() if images else []
 
     return score
 
 
 def check(name: str, prompts: list[str], folder: Path | None = None) -> None:
-    """Raises ScorerError for what would stop `load(name, folder)` or its scorer on these prompts.
+    """Raises UserError for what would stop `load(name, folder)` or its scorer on these prompts.
 
     It downloads what is missing, and compares names and shapes without reading a weight."""
     load(name, folder, "meta")
@@ -366,6 +363,6 @@ def check(name: str, prompts: list[str], folder: Path | None = None) -> None:
             toy.parse_caption(prompt)
         except ValueError as error:
             others = ", ".join(other for other in SCORERS if other not in TOY)
-            raise ScorerError(
+            raise UserError(
                 f"scorer {name}: {str(error).removesuffix('.')}; other prompts have {others}."
             ) from error

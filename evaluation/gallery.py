@@ -24,25 +24,16 @@ from PIL import Image
 from tqdm import tqdm
 
 import model
-import ranks
-from prompts import PromptError, PromptSet
-from scorers import ScorerError
-
-
-class GalleryError(ValueError):
-    """What a user can set right: one sentence that names the flag or file and the fix."""
-
-
-MISTAKES = (
-    GalleryError, PromptError, ScorerError, model.ModelError, ranks.RankError, OSError,
-)  # fmt: skip
+from evaluation.prompts import PromptSet
+from system import processes
+from system.files import UserError
 
 # --------------------------------------------------------------------------------------------------
 # Ranks. A launcher starts one process per GPU; plain `python` is a group of one.
 
 
 def together(action, more_memory: str = "free some, or take a larger one"):
-    """action() on every rank, its result on each. A mistake on any one is a GalleryError on all.
+    """action() on every rank, its result on each. A mistake on any one is a UserError on all.
 
     more_memory: what to do where a GPU has too little."""
 
@@ -50,17 +41,9 @@ def together(action, more_memory: str = "free some, or take a larger one"):
         try:
             return action()
         except torch.OutOfMemoryError as error:
-            raise GalleryError(f"the GPU's memory is too small; {more_memory}.") from error
+            raise UserError(f"the GPU's memory is too small; {more_memory}.") from error
 
-    try:
-        return ranks.together(tried, MISTAKES)
-    except ranks.RankError as error:
-        raise GalleryError(str(error)) from error
-
-
-def on_main(action):
-    """action() on rank 0, its result on all; a mistake there is raised on all."""
-    return ranks.share(together(lambda: action() if ranks.is_main() else None))
+    return processes.together(tried)
 
 
 def device() -> torch.device:
@@ -69,7 +52,7 @@ def device() -> torch.device:
         return torch.device("cpu")
     local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= there:
-        raise GalleryError(f"process {local} of a machine has no GPU; start {there} processes.")
+        raise UserError(f"process {local} of a machine has no GPU; start {there} processes.")
     return torch.device("cuda", local)
 
 
@@ -137,13 +120,13 @@ def is_gallery(path: str) -> bool:
         return (Path(path) / "manifest.json").is_file()
     try:
         model.kind(path)
-    except model.ModelError:
+    except UserError:
         return True
     return False
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """manifest.json of a folder, None where there is none; GalleryError where it is damaged."""
+    """manifest.json of a folder, None where there is none; UserError where it is damaged."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         manifest = {"set": "images", "prompts": len(manifest["images"])} | manifest
@@ -153,7 +136,7 @@ def read_manifest(folder: Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise GalleryError(f"'{folder}/manifest.json' is damaged; delete that folder.") from error
+        raise UserError(f"'{folder}/manifest.json' is damaged; delete that folder.") from error
     return manifest
 
 
@@ -169,12 +152,12 @@ def read_pictures(folder: Path, prompts: PromptSet, limit: int | None = None) ->
     """The manifest of a folder of images, drawn here or elsewhere, as images of a prompt set.
 
     Without a manifest file k in natural order is prompt k mod P, and its seed and settings are not
-    known. Raises GalleryError where images and prompts do not fit, or a file is not there."""
+    known. Raises UserError where images and prompts do not fit, or a file is not there."""
     manifest, one_each = read_manifest(folder), plan_images(prompts, limit=limit)
     if manifest is None:
         P, files = len(prompts.prompts), pictures(folder)
         if len(files) % P:
-            raise GalleryError(
+            raise UserError(
                 f"'{folder}' holds {len(files)} pictures, no multiple of the {P} prompts of "
                 f"{prompts.name}; name the prompts they show with --prompts."
             )
@@ -186,7 +169,7 @@ def read_pictures(folder: Path, prompts: PromptSet, limit: int | None = None) ->
     for k, entry in enumerate(images):
         shown = one_each[k % len(one_each)]["prompt"]
         if entry["prompt"] != shown or len(images) % len(one_each):
-            raise GalleryError(
+            raise UserError(
                 f"'{folder}' shows other prompts than {prompts.name}: image {k} of {len(images)} "
                 f"is '{entry['prompt']}', not '{shown}' of {len(one_each)}; give its --prompts."
             )
@@ -194,7 +177,7 @@ def read_pictures(folder: Path, prompts: PromptSet, limit: int | None = None) ->
             Image.open(folder / entry["file"]).close()
         except OSError as error:
             file = folder / entry["file"]
-            raise GalleryError(f"'{file}' is not there or no picture; draw it again.") from error
+            raise UserError(f"'{file}' is not there or no picture; draw it again.") from error
     images = [one_each[k % len(one_each)] | entry for k, entry in enumerate(images)]
     return manifest | {"prompts": len(one_each), "images": images}
 
@@ -217,25 +200,25 @@ def shared(manifests: list[dict]) -> dict:
 
 
 def refuse_mixing(manifests: dict[str, dict]):
-    """GalleryError where the images of models, {name: manifest}, were not drawn alike."""
+    """UserError where the images of models, {name: manifest}, were not drawn alike."""
     first = {}
     for name, manifest in manifests.items():
         for key, value in traits(manifest).items():
             other, known = (name, value) if value is None else first.setdefault(key, (name, value))
             if known != value:
-                raise GalleryError(
+                raise UserError(
                     f"'{other}' and '{name}' cannot be compared: {key} is {known} for {other} and "
                     f"{value} for {name}; draw them alike."
                 )
 
 
 def refuse_others(folder: Path, manifest: dict):
-    """GalleryError where a folder holds images of other settings, weights, prompts or seeds."""
+    """UserError where a folder holds images of other settings, weights, prompts or seeds."""
     if not pictures(folder):
         return
     there, fix = read_manifest(folder), "name another --out, or delete that folder."
     if there is None:
-        raise GalleryError(f"'{folder}' holds pictures without a manifest; {fix}")
+        raise UserError(f"'{folder}' holds pictures without a manifest; {fix}")
     skip = ("name", "model", "base", "images")  # weights count, not where they lie
     keys = [key for key in there | manifest if key not in skip]
     pairs = {key: (there.get(key), manifest.get(key)) for key in keys}
@@ -244,7 +227,7 @@ def refuse_others(folder: Path, manifest: dict):
         pairs |= {f"{key} of image {k}": (old.get(key), new.get(key)) for key in old | new}
     differ = [f"{key}: {old} there, {new} now" for key, (old, new) in pairs.items() if old != new]
     if differ:
-        raise GalleryError(f"'{folder}' holds other images ({'; '.join(differ[:5])}); {fix}")
+        raise UserError(f"'{folder}' holds other images ({'; '.join(differ[:5])}); {fix}")
 
 
 def missing(folder: Path, manifest: dict) -> list[list[dict]]:
@@ -253,7 +236,7 @@ def missing(folder: Path, manifest: dict) -> list[list[dict]]:
     A batch always holds the same images and is drawn as a whole: rounding depends on its size."""
     images, batch = manifest["images"], manifest["batch"]
     batches = [images[start : start + batch] for start in range(0, len(images), batch)]
-    mine = batches[ranks.rank() :: ranks.world()]
+    mine = batches[processes.rank() :: processes.world()]
     return [some for some in mine if not all((folder / e["file"]).is_file() for e in some)]
 
 
@@ -275,7 +258,7 @@ def write(path: Path, content: dict | str | Image.Image):
 def generate(pipeline, folder: Path, manifest: dict, progress: str | None = None):
     """Draw what is missing of a manifest's images into its folder. All ranks call it, and share.
 
-    Raises GalleryError where the folder holds images of another manifest. A rank that fails leaves
+    Raises UserError where the folder holds images of another manifest. A rank that fails leaves
     a file `failed`, so that the others do not draw on for hours before they are told."""
     failed = folder / "failed"
 
@@ -287,7 +270,7 @@ def generate(pipeline, folder: Path, manifest: dict, progress: str | None = None
 
     def draw():
         settings = [manifest[key] for key in ("steps", "guidance", "batch")]
-        off = progress is None or not ranks.is_main()
+        off = progress is None or not processes.is_main()
         for entries in tqdm(missing(folder, manifest), desc=progress, unit="batch", disable=off):
             if failed.exists():
                 return
@@ -300,17 +283,17 @@ def generate(pipeline, folder: Path, manifest: dict, progress: str | None = None
                 failed.touch()
                 raise
 
-    on_main(start)
+    processes.on_main(start)
     together(draw, "give a smaller --batch and, where pictures are there, another --out")
 
 
 def open_image(path: Path) -> Image.Image:
-    """A picture in RGB; GalleryError where it cannot be read."""
+    """A picture in RGB; UserError where it cannot be read."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        raise GalleryError(f"'{path}' cannot be read as a picture; delete it.") from error
+        raise UserError(f"'{path}' cannot be read as a picture; delete it.") from error
 
 
 JUDGED = 16  # images at a time
@@ -320,11 +303,11 @@ def score(folder: Path, images: list[dict], judge, progress: str | None = None) 
     """A number per image, in their order. All ranks call it, share the work, and get all of it.
 
     images: {file, prompt} of each. judge(pictures, prompts) -> numbers, as of scorers.load. Raises
-    GalleryError for a number that is not finite."""
+    UserError for a number that is not finite."""
 
     def judge_mine() -> dict[int, float]:
-        found, off = {}, progress is None or not ranks.is_main()
-        starts = range(ranks.rank() * JUDGED, len(images), ranks.world() * JUDGED)
+        found, off = {}, progress is None or not processes.is_main()
+        starts = range(processes.rank() * JUDGED, len(images), processes.world() * JUDGED)
         for start in tqdm(starts, desc=progress, unit="batch", disable=off):
             entries = images[start : start + JUDGED]
             opened = [open_image(folder / entry["file"]) for entry in entries]
@@ -332,9 +315,11 @@ def score(folder: Path, images: list[dict], judge, progress: str | None = None) 
             for k, (entry, value) in enumerate(zip(entries, values, strict=True), start):
                 if not math.isfinite(value):
                     file = folder / entry["file"]
-                    raise GalleryError(f"the score of '{file}' is {value}, no finite number.")
+                    raise UserError(f"the score of '{file}' is {value}, no finite number.")
                 found[k] = float(value)
         return found
 
-    every = {k: value for part in ranks.gather(together(judge_mine)) for k, value in part.items()}
+    every = {
+        k: value for part in processes.gather(together(judge_mine)) for k, value in part.items()
+    }
     return [every[k] for k in range(len(images))]

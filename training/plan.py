@@ -13,31 +13,27 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-import cost
 import data
-import lora
-import memory
 import model
-import preview
-import ranks
-import run
-import scorers
-from recipes import METHODS, recipe_of, recipe_table
-from run import RunError
+from evaluation import scorers
+from system.files import ROOT, UserError
+from system.program import HelpFormatter
+from training import cost, lora, memory, preview, run
+from training.recipes import METHODS, recipe_of, recipe_table
 
 # -------------------------------------------------------------------------------------------------
 # Flags.
 
 
 def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags; their defaults are the recipe of --model. Raises ModelError for an unknown one."""
+    """The flags; their defaults are the recipe of --model. Raises UserError for an unknown one."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--model", default="sdxl")
     first.add_argument("--method", choices=METHODS, default="inpo")
     known = first.parse_known_args(argv)[0]
 
     parser = argparse.ArgumentParser(
-        description=description, epilog=recipe_table(), formatter_class=ranks.HelpFormatter
+        description=description, epilog=recipe_table(), formatter_class=HelpFormatter
     )
     switch = argparse.BooleanOptionalAction
     # fmt: off
@@ -145,19 +141,19 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
 def read_ds_config(file: str) -> dict:
     """The file (beside this one, if not in the working directory) as a dictionary.
 
-    Raises RunError where it is missing, no JSON object, or holds "auto"."""
-    path = Path(file) if Path(file).exists() else Path(__file__).parent / file
+    Raises UserError where it is missing, no JSON object, or holds "auto"."""
+    path = Path(file) if Path(file).exists() else ROOT / file
     try:
         config = json.loads(path.read_text())
     except OSError as error:
-        raise RunError(f"--ds-config {file}: cannot be read ({error.strerror}).") from error
+        raise UserError(f"--ds-config {file}: cannot be read ({error.strerror}).") from error
     except ValueError as error:
-        raise RunError(f"--ds-config {file}: is no JSON ({error}).") from error
+        raise UserError(f"--ds-config {file}: is no JSON ({error}).") from error
     if not isinstance(config, dict):
-        raise RunError(f"--ds-config {file}: must hold a JSON object.")
+        raise UserError(f"--ds-config {file}: must hold a JSON object.")
     place = find_auto(config)
     if place is not None:
-        raise RunError(
+        raise UserError(
             f'--ds-config {file}: {place} is "auto", a word of another library; write a value, or '
             "leave the key out (batch sizes, accumulation and lr come from the flags)."
         )
@@ -233,14 +229,14 @@ def check(args: argparse.Namespace) -> Plan:
     """Check everything, cheap things first. Raises one of train_inpo.MISTAKES."""
     for flag, default in recipe_of(args.model, args.method).items():
         if default is None and flag != "vae" and getattr(args, flag) is not None:
-            raise RunError(
+            raise UserError(
                 f"--{flag.replace('_', '-')}: has no meaning for --method {args.method}."
             )
     for flag, (low, high) in RANGES.items():
         value = getattr(args, flag)
         if value is not None and not low <= value <= high:
             name = flag.replace("_", "-")
-            raise RunError(f"--{name} {value}: must lie between {low} and {high}.")
+            raise UserError(f"--{name} {value}: must lie between {low} and {high}.")
     world = int(os.environ.get("WORLD_SIZE", 1))
     at_once = args.micro_batch * world
     if args.batch % at_once:
@@ -250,13 +246,13 @@ def check(args: argparse.Namespace) -> Plan:
             fixes.insert(0, f"--micro-batch {math.gcd(args.micro_batch, args.batch // world)}")
         if fits:
             fixes.append(f"start {fits[-1]} process(es) (deepspeed --num_gpus {fits[-1]} ...)")
-        raise RunError(
+        raise UserError(
             f"--batch {args.batch}: must be a multiple of --micro-batch {args.micro_batch} x "
             f"{world} rank(s) = {at_once}; give {', or '.join(fixes)}."
         )
     accumulation = args.batch // at_once
     if args.lora and args.lora_start == "continue" and args.lora_rank:
-        raise RunError(
+        raise UserError(
             f"--lora-rank {args.lora_rank}: {args.lora} has its own rank; leave the flag out, or "
             "give --lora-start merge."
         )
@@ -270,12 +266,12 @@ def check(args: argparse.Namespace) -> Plan:
     ds_config["train_batch_size"] = args.batch
     ds_config.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})["lr"] = args.lr
     if ds_config["optimizer"].get("type", "").lower() == "adafactor":
-        raise RunError(
+        raise UserError(
             f"--ds-config {args.ds_config}: under ZeRO, Adafactor would see flat partitions, which "
             "is another algorithm; take AdamW."
         )
     if ds_config.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
-        raise RunError(
+        raise UserError(
             f"--ds-config {args.ds_config}: zero_optimization.stage must be 1, 2 or 3; on one GPU, "
             "1 is plain training."
         )
@@ -291,12 +287,12 @@ def check(args: argparse.Namespace) -> Plan:
     strata = args.inversion_steps or args.strata
     if timesteps % strata:
         flag = "--inversion-steps" if args.inversion_steps else "--strata"
-        raise RunError(
+        raise UserError(
             f"{flag} {strata}: must divide the model's {timesteps} timesteps, so that the cells of "
             "the grid are equally likely."
         )
     if not isinstance(unet.get("sample_size"), int):  # the pipeline draws at this size, too
-        raise RunError(
+        raise UserError(
             f"{'--unet' if args.unet else '--model'} {args.unet or args.model}: sample_size in its "
             f"UNet's config.json is {unet.get('sample_size')}; write one number there, the side of "
             "the latents."
@@ -304,7 +300,7 @@ def check(args: argparse.Namespace) -> Plan:
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     resolution = args.resolution or unet["sample_size"] * factor
     if resolution < factor or resolution % factor:
-        raise RunError(f"--resolution {resolution}: must be a multiple of the VAE's {factor}.")
+        raise UserError(f"--resolution {resolution}: must be a multiple of the VAE's {factor}.")
     pairs = read_pairs(args)
     return Plan(
         world=world,

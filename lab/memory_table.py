@@ -20,15 +20,15 @@ from pathlib import Path
 import deepspeed
 import torch
 
-import lora
 import model
-import plan
-from bench import CONFIGS, hardware
-from cost import build, random_inputs
+from lab.bench import CONFIGS, hardware
 from loss import inpo_loss, squared_error
-from memory import GIB, encoders, estimate, settings, vae_peak
-from ranks import HelpFormatter, join
-from recipes import recipe_of
+from system.processes import join
+from system.program import HelpFormatter
+from training import lora, plan
+from training.cost import build, random_inputs
+from training.memory import GIB, encoders, estimate, settings, vae_peak
+from training.recipes import recipe_of
 
 RECIPE = {name: recipe_of(name)["micro_batch"] for name in CONFIGS}  # pairs
 DS_CONFIGS = {  # by stage and offload

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import figures
-import winrate
+from evaluation import figures, winrate
 
 # -------------------------------------------------------------------------------------------------
 # Judgements as arrays.

@@ -10,7 +10,6 @@ has to be called by all of them, and raises or returns the same on all. docs/nod
 side of it.
 """
 
-import argparse
 import atexit
 import functools
 import hashlib
@@ -32,22 +31,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
-class RankError(ValueError):
-    """A job that cannot start: one sentence that names the rank, host or port, and the fix.
-
-    join() may raise it on one node alone, hence print_node()."""
-
+from system.files import ROOT, UserError
 
 # -------------------------------------------------------------------------------------------------
 # Words. They work before join(), too.
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Description and epilog as they are written, and each option's default behind its help."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def rank() -> int:
@@ -94,7 +81,7 @@ def excerpt(text: str, other: str, width: int = 60) -> str:
 def join(timeout: float = 600.0):
     """Join the launcher's process group (deepspeed, torchrun, srun); plain `python` is one of one.
 
-    timeout: seconds for all ranks to come. Raises RankError."""
+    timeout: seconds for all ranks to come. Raises UserError."""
     import deepspeed
 
     if "RANK" not in os.environ:
@@ -126,7 +113,7 @@ def roll_call(timeout: float) -> dist.Store:
     def wait_for(key: str, patience: float = 0.0) -> str:
         while not keys.check([key]):  # get() would wait as well, but not without C++ traces
             if time.monotonic() > end + patience:
-                raise RankError(
+                raise UserError(
                     f"{me} reached {place}, but heard nothing from rank 0 there within "
                     f"{timeout:.0f} s; look at what rank 0 printed, or take another --master_port."
                 )
@@ -140,13 +127,13 @@ def roll_call(timeout: float) -> dist.Store:
         first = rank == 0
         theirs = keys.compare_set("command", "", mine).decode() if first else wait_for("command")
         if theirs != mine:
-            raise RankError(
+            raise UserError(
                 f"{me} was started as `{excerpt(mine, theirs)}` and met `{excerpt(theirs, mine)}` "
                 f"at {place}; start the same command on every node, or if that is another run, "
                 "choose another --master_port."
             )
         if keys.add(f"came/{rank}", 1) > 1:
-            raise RankError(
+            raise UserError(
                 f"{me} is the second rank {rank} at {place}; if another run is there, choose "
                 "another --master_port; otherwise give each node its own --node_rank."
             )
@@ -154,9 +141,9 @@ def roll_call(timeout: float) -> dist.Store:
         if first:
             wait_for_ranks(keys, world, place, timeout)
         elif said := wait_for("verdict", patience=10.0):  # rank 0 began to wait later
-            raise RankError(said)
+            raise UserError(said)
     except dist.DistError as error:
-        raise RankError(
+        raise UserError(
             f"{me} lost rank 0 at {place} before all ranks had come; look at what rank 0 printed."
         ) from error
     return store
@@ -173,7 +160,7 @@ def open_store(rank: int, me: str, place: str, timeout: float) -> dist.TCPStore:
             break
         except OSError as error:
             if time.monotonic() > end:
-                raise RankError(
+                raise UserError(
                     f"{me} cannot reach rank 0 at {place} within {timeout:.0f} s "
                     f"({error.strerror or error}); is it running, is --master_addr its address, "
                     "and does a firewall close the port?"
@@ -186,11 +173,11 @@ def open_store(rank: int, me: str, place: str, timeout: float) -> dist.TCPStore:
         )  # fmt: skip
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
-            raise RankError(
+            raise UserError(
                 f"port {port} of this machine ({socket.gethostname()}) is in use, perhaps by "
                 f"another run; choose another one: deepspeed --master_port {port + 1} ..."
             ) from error
-        raise RankError(
+        raise UserError(
             f"{me} found no store of a job at {place}; is --master_addr the address of rank 0's "
             "machine, and the port not another program's?"
         ) from error
@@ -214,7 +201,7 @@ def wait_for_ranks(keys: dist.Store, world: int, place: str, timeout: float):
             )
             keys.set("verdict", said)
             time.sleep(1)  # the others read it from this process
-            raise RankError(said)
+            raise UserError(said)
         if missing and waited > speak:
             print0(
                 f"Waiting for rank(s) {spans(missing)} of {world} ({waited:.0f} s; here: {here})."
@@ -258,27 +245,23 @@ def first(words: str | None) -> str | None:
     return next((said for said in gather(words) if said), None)
 
 
-def together(action: Callable, mistakes: tuple) -> Any:
-    """action() on every rank; a mistake on any one is a RankError on all (collective)."""
+def together(action: Callable) -> Any:
+    """action() on every rank; a UserError or OSError on any one is a UserError on all
+    (collective)."""
     result = said = None
     try:
         result = action()
-    except mistakes as error:
+    except (UserError, OSError) as error:
         said = str(error) or type(error).__name__
     if said := first(said):
-        raise RankError(said)
+        raise UserError(said)
     return result
 
 
-def on_main(action: Callable[[], None]) -> str | None:
-    """action() on rank 0 while the others wait; what went wrong there, on all (collective)."""
-    said = None
-    if is_main():
-        try:
-            action()
-        except (OSError, ValueError) as error:
-            said = str(error)
-    return first(said)
+def on_main(action: Callable) -> Any:
+    """action() on rank 0 while the others wait, its result on all; a UserError or OSError there is
+    a UserError on all (collective)."""
+    return share(together(lambda: action() if is_main() else None))
 
 
 def share(value: Any) -> Any:
@@ -294,7 +277,7 @@ def any_rank(value: int) -> int:
 
 
 def agree(facts: dict[str, Any]):
-    """Raises RankError on every rank if `facts`, compared as JSON text, differ (collective)."""
+    """Raises UserError on every rank if `facts`, compared as JSON text, differ (collective)."""
     texts = {key: json.dumps(value, sort_keys=True, default=str) for key, value in facts.items()}
     everyone = gather((socket.gethostname(), texts))
     host, first = everyone[0]
@@ -302,25 +285,26 @@ def agree(facts: dict[str, Any]):
         for key in [*first, *(key for key in odd if key not in first)]:
             a, b = first.get(key, "nothing"), odd.get(key, "nothing")
             if a != b:
-                raise RankError(
+                raise UserError(
                     f"rank {rank} ({odd_host}) has {key} {excerpt(b, a)}, rank 0 ({host}) has "
                     f"{excerpt(a, b)}; start the same command with the same code and data on every "
                     "node."
                 )
 
 
-def code_version() -> str:
-    """12 hex digits over the *.py beside this file and the versions of what they stand on."""
+def code_version(root: Path = ROOT) -> str:
+    """12 hex digits over the *.py that a run imports and the versions of what they stand on."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    folders = (root, root / "training", root / "evaluation", root / "system")
+    for file in sorted(file for folder in folders for file in folder.glob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
     for package in ("torch", "deepspeed", "diffusers"):
         digest.update(version(package).encode() + b"\0")
     return digest.hexdigest()[:12]
 
 
 def shares_folder(folder: Path, patience: float = 10.0):
-    """Raises RankError unless all ranks see what rank 0 writes into `folder` (collective).
+    """Raises UserError unless all ranks see what rank 0 writes into `folder` (collective).
 
     patience: seconds for a network file system to show it."""
     token, problem = folder / f".shared-{os.urandom(6).hex()}", None
@@ -332,7 +316,7 @@ def shares_folder(folder: Path, patience: float = 10.0):
     name, problem = gather((token.name, problem))[0]
     host = gather(socket.gethostname())
     if problem:
-        raise RankError(f"rank 0 ({host[0]}) cannot write to {folder} ({problem}); mend --out.")
+        raise UserError(f"rank 0 ({host[0]}) cannot write to {folder} ({problem}); mend --out.")
     end = time.monotonic() + patience
     while not (seen := (folder / name).exists()) and time.monotonic() < end:
         time.sleep(0.1)
@@ -340,7 +324,7 @@ def shares_folder(folder: Path, patience: float = 10.0):
     if is_main():
         token.unlink()
     if blind:
-        raise RankError(
+        raise UserError(
             f"rank {blind[0]} ({host[blind[0]]}) does not see {folder} that rank 0 ({host[0]}) "
             "writes to; put --out on a file system that all nodes share."
         )
@@ -376,18 +360,3 @@ class Stop:
     def asked(self) -> int:
         """The number of a signal that any rank got, or 0 (collective)."""
         return any_rank(self.got[0] if self.got else 0)
-
-
-LOST = (
-    "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe",
-    "Timed out waiting", "timeout caused pair closure",  # gloo
-    "remote process exit", "communicator was aborted", "collective operation timeout",  # NCCL
-    "Connection was likely closed", "wait timeout after",  # the store
-)  # fmt: skip
-
-
-def lost_peer(error: BaseException) -> bool:
-    """Whether torch.distributed says by `error` that another rank vanished or hangs.
-
-    gloo raises plain RuntimeErrors, and NCCL's class has other causes as well: the text decides."""
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)

@@ -20,41 +20,39 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-import card
-import checkpoint
-import lora
 import model
-import plan
-import ranks
-import run
 import train_inpo
+from system import checkpoint
+from system.files import UserError
+from system.program import HelpFormatter, reported
+from training import card, lora, plan, run
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that a run's folder or a checkpoint's folder means. Raises RunError."""
+    """The checkpoint that a run's folder or a checkpoint's folder means. Raises UserError."""
     if (path / checkpoint.LIST).exists():
         return path
     if not (path / "run.json").exists():
-        raise run.RunError(
+        raise UserError(
             f"{path}: is neither a run's folder nor a checkpoint; name the --out of a run, or a "
             "checkpoints/step_* in it."
         )
     if found := checkpoint.complete(path / "checkpoints"):
         return found[0]
-    raise run.RunError(
+    raise UserError(
         f"{path}: has no checkpoint; if the run has finished, the folder is the model itself, else "
         "repeat its command with --checkpoint-every."
     )
 
 
 def read(file: Path) -> dict:
-    """A JSON file of the run's folder. Raises RunError."""
+    """A JSON file of the run's folder. Raises UserError."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise run.RunError(
+        raise UserError(
             f"{file}: cannot be read ({getattr(error, 'strerror', None) or error}); an export "
             "needs the run's folder around its checkpoints."
         ) from error
@@ -72,7 +70,7 @@ def load(asked: argparse.Namespace, path: Path):
     unet = pipeline.unet
     own = lora.trainable(unet) if plan.trains_adapters(asked) else unet.state_dict()
     if {k: w.shape for k, w in own.items()} != {k: w.shape for k, w in weights.items()}:
-        raise run.RunError(
+        raise UserError(
             f"{path}: does not fit {asked.unet or asked.model}, which has changed since the run."
         )
     unet.load_state_dict(weights, strict=False)
@@ -94,10 +92,10 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
     adapters = plan.trains_adapters(asked)
     kind = kind or ("lora" if adapters else "pipeline")
     if kind == "lora" and not adapters:
-        raise run.RunError(f"--to lora: {folder} trained the whole UNet; take pipeline or unet.")
+        raise UserError(f"--to lora: {folder} trained the whole UNet; take pipeline or unet.")
     out = (out or folder / "exports" / f"{path.name}-{kind}-{dtype}").resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise run.RunError(f"--out {out}: exists and is not empty; name another folder.")
+        raise UserError(f"--out {out}: exists and is not empty; name another folder.")
 
     pipeline, weights, warning = load(asked, path)
     if warning:
@@ -121,17 +119,14 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
         (scratch / "README.md").write_text(text + f"\n{warning}\n" * bool(warning))
         scratch.rename(out)
     except (OSError, SafetensorError) as error:  # a full disk raises one or the other
-        raise run.RunError(f"--out {out}: was not written ({error}).") from error
+        raise UserError(f"--out {out}: was not written ({error}).") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return out
 
 
-MISTAKES = (run.RunError, checkpoint.CheckpointError, model.ModelError)
-
-
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ranks.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("path", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints/step_*")
     add("--to", choices=("pipeline", "unet", "lora"),
@@ -140,11 +135,8 @@ def main(argv: list[str] | None = None):
     add("--out", type=Path, help="(if not given: exports/ in the run's folder)", metavar="FOLDER")
     args = parser.parse_args(argv)
     model.quiet()
-    try:
+    with reported("training.export"):
         out = export(args.path, args.to, args.dtype, args.out)
-    except MISTAKES as error:
-        print(f"export.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"Wrote {out}.")
 
 

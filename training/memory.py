@@ -30,9 +30,9 @@ from unittest import mock
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-import lora
 import model
-from cost import build, random_inputs
+from training import lora
+from training.cost import build, random_inputs
 
 GIB = 2**30
 # DeepSpeed's defaults, in elements: reduce_bucket_size, stage3_max_live_parameters,

@@ -32,17 +32,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import cost
-import figures
 import model
-import plan
-import report
-import run
 import toy
+from evaluation import figures
 from invert import add_noise, randn_like
-from ranks import HelpFormatter
+from lab import report
+from system.files import ROOT, UserError
+from system.program import HelpFormatter
+from training import cost, plan, run
 
-ROOT = Path(__file__).parent
 CORES = len(os.sched_getaffinity(0))
 STEPS, GUIDANCE = 15, 2.0  # of sampling
 
@@ -229,12 +227,12 @@ class Job:
         return (self.calls_per_step() * steps if steps else 0) + judgements * self.judging()
 
     def commands(self) -> list[list[str]]:
-        judge = ["study.py", "measure", str(self.folder), "--images", str(self.images)]
+        judge = ["-m", "lab.study", "measure", str(self.folder), "--images", str(self.images)]
         judge += ["--steps", *map(str, self.judged())]
         if self.variant is None:
             return [judge]
         every = math.gcd(*self.variant.judged[:-1]) or self.variant.steps  # after the last, too
-        train = ["train_inpo.py", "--model", "tiny", *self.variant.flags.split()]
+        train = [str(ROOT / "train_inpo.py"), "--model", "tiny", *self.variant.flags.split()]
         train += ["--seed", str(self.seed), "--steps", str(self.variant.steps)]
         train += ["--export-every", str(every), "--sample-every", "0"]
         return [[*train, "--out", str(self.folder)], judge]
@@ -257,22 +255,22 @@ children: set[subprocess.Popen] = set()  # commands under way, ended with this p
 
 
 def run_job(job: Job, threads: int):
-    """Train and judge; raises RunError with the log's last line where a command fails."""
+    """Train and judge; raises UserError with the log's last line where a command fails."""
     if job.done() >= job.calls():
         return
     job.folder.mkdir(parents=True, exist_ok=True)
     log = job.folder.with_suffix(".log")
-    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     for words in job.commands():
         with open(log, "a") as file:
-            command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+            command = [sys.executable, *words]
             child = subprocess.Popen(command, stdout=file, stderr=file, env=env)
             children.add(child)
             code = child.wait()
             children.remove(child)
         if code:
             last = (log.read_text().strip().splitlines() or ["nothing was printed"])[-1]
-            raise run.RunError(f"{' '.join(words)} failed: {last} (see {log}).")
+            raise UserError(f"{' '.join(words)} failed: {last} (see {log}).")
 
 
 def run_all(jobs: list[Job], at_once: int):
@@ -398,7 +396,7 @@ def main(argv: list[str] | None = None):
     jobs = jobs_of(study, args.out)
     try:
         run_all(jobs, args.jobs)
-    except run.RunError as error:
+    except UserError as error:
         parser.exit(2, f"study.py: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\nstudy.py: stopped; the same command continues.\n")

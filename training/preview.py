@@ -22,12 +22,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import figures
 import model
-import prompts
-import scorers
 import toy
-from ranks import is_main, print0, share
+from evaluation import figures, prompts, scorers
+from system.files import UserError
+from system.processes import is_main, print0, share
 
 PROMPTS = (
     "a photo of an old fisherman mending a net, golden hour",
@@ -39,7 +38,7 @@ ROWS, STEPS = 6, 25  # of the picture; of sampling
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """--sample-prompts, the toy's held-out captions, or PROMPTS. Raises prompts.PromptError."""
+    """--sample-prompts, the toy's held-out captions, or PROMPTS. Raises UserError."""
     if args.sample_prompts:
         return prompts.read(args.sample_prompts).prompts
     return toy.prompts("heldout") if args.data == "toy" else list(PROMPTS)
@@ -76,7 +75,7 @@ class Preview:
             seeds = list(range(i, i + len(some)))
             try:
                 images += model.sample(pipeline, some, seeds, STEPS, self.guidance, self.batch)
-            except model.ModelError as error:  # NaN; all ranks go on, for the sake of ZeRO-3
+            except UserError as error:  # NaN; all ranks go on, for the sake of ZeRO-3
                 failed = error
         if is_main():
             try:
@@ -84,7 +83,7 @@ class Preview:
                     raise failed
                 self.save(step, images)
                 found = self.compare(step, images)
-            except (OSError, scorers.ScorerError, model.ModelError) as error:
+            except (OSError, UserError) as error:
                 words = f"Warning: step {step} lacks pictures or scores ({error})."
                 print0(words, file=sys.stderr)
         return share(found)

@@ -21,7 +21,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor
 
-from model import LORA, ModelError, _locate, _try
+from model import LORA, _locate, _try
+from system.files import UserError
 
 NAME = "default"  # of the adapter: peft's own default, as in the published scripts
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -49,7 +50,7 @@ def attach(
 def adopt(pipeline: DiffusionPipeline, path: str):
     """Freeze the pipeline's UNet and make a LoRA (file, folder, hub id) its trainable adapter.
 
-    Rank, alpha and targets are the file's, the dtype is the UNet's. Raises ModelError where a
+    Rank, alpha and targets are the file's, the dtype is the UNet's. Raises UserError where a
     tensor of the file would be lost, or one of the adapter is not in the file."""
     file, sentence = path, f"The LoRA '{path}' does not fit the UNet"
     if not path.endswith(".safetensors"):
@@ -58,14 +59,14 @@ def adopt(pipeline: DiffusionPipeline, path: str):
     with _try(lambda: safe_open(file, "pt"), sentence) as tensors:
         given = [key for key in tensors.keys() if not key.endswith(".alpha")]
     if text := [key for key in given if key.startswith(("text_encoder", "lora_te"))]:
-        raise ModelError(
+        raise UserError(
             f"The LoRA '{path}' has {len(text)} tensors of text encoders, which are not trained "
             "here and would be lost; merge it: --lora-start merge."
         )
     load, unet = pipeline.load_lora_weights, pipeline.unet.requires_grad_(False)
     _try(lambda: load(file, adapter_name=NAME, use_safetensors=True), sentence)
     if len(given) != len(trainable(unet)):  # diffusers only warns of tensors that match nothing
-        raise ModelError(
+        raise UserError(
             f"{sentence}: it has {len(given)} tensors, the adapter that it describes has "
             f"{len(trainable(unet))}."
         )

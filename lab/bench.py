@@ -29,10 +29,11 @@ from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
 import model
-from cost import build, call_flops, random_inputs
 from invert import ddim_invert
 from loss import inpo_loss, squared_error
-from ranks import HelpFormatter
+from system.files import UserError
+from system.program import HelpFormatter
+from training.cost import build, call_flops, random_inputs
 
 # -------------------------------------------------------------------------------------------------
 # The models: the public UNet configurations; what is not said is diffusers' default.
@@ -58,12 +59,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def read_config(name: str) -> dict:
-    """The UNet configuration of a preset or a folder. Raises model.ModelError."""
+    """The UNet configuration of a preset or a folder. Raises UserError."""
     if name == "tiny" and not Path(model.PRESETS[name]).is_dir():
-        raise model.ModelError("--model tiny: assets/tiny-sdxl is not there; name a folder.")
+        raise UserError("--model tiny: assets/tiny-sdxl is not there; name a folder.")
     config = CONFIGS.get(name) or model.read_config(name, "unet")
     if name not in CONFIGS and config.get("_class_name") != UNet2DConditionModel.__name__:
-        raise model.ModelError(f"--model {name}: is no UNet2DConditionModel, nor has one.")
+        raise UserError(f"--model {name}: is no UNet2DConditionModel, nor has one.")
     return config
 
 

@@ -17,6 +17,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import toy
+from system.files import UserError
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 PUBLISHED = {  # name: (data set on the hub, its files)
@@ -28,10 +29,6 @@ UNREACHABLE = "the hub cannot be reached; check the network, or give NAME=PATH o
 Rows = list[tuple[str, str | None]]  # (prompt, its category or None)
 
 
-class PromptError(ValueError):
-    """Prompts that cannot be used: one sentence that names the file, the row and what is wrong."""
-
-
 @dataclass(frozen=True)
 class PromptSet:
     name: str  # good for a folder too: letters, digits, _ . -
@@ -40,7 +37,7 @@ class PromptSet:
 
 
 def read(source: str) -> PromptSet:
-    """The prompts of a source, in its order, repeated ones repeated. Raises PromptError.
+    """The prompts of a source, in its order, repeated ones repeated. Raises UserError.
 
     source: toy (the captions that alignment never sees); hpdv2 (the benchmark, its styles are the
     categories), hpdv2-test (the prompts of HPDv2's test split), parti; one of these three as
@@ -57,9 +54,9 @@ def read(source: str) -> PromptSet:
         name, rows = re.sub(r"[^\w.-]+", "-", path.stem).lstrip("."), _rows(path, path.name)
     else:
         known = f"toy, {', '.join(PUBLISHED)}, NAME=PATH of a local copy, or a .txt or .tsv file"
-        raise PromptError(f"'{source}' is no prompt set: use {known}.")
+        raise UserError(f"'{source}' is no prompt set: use {known}.")
     if not rows:
-        raise PromptError(f"'{source}' holds no prompt.")
+        raise UserError(f"'{source}' holds no prompt.")
     prompts, categories = map(list, zip(*rows, strict=True))
     return PromptSet(name or "prompts", prompts, None if None in categories else categories)
 
@@ -75,7 +72,7 @@ def _fetch(hub: str, file: str) -> Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, LocalEntryNotFoundError):
             reason = UNREACHABLE
-        raise PromptError(f"Cannot read {file} of '{hub}': {reason}") from error
+        raise UserError(f"Cannot read {file} of '{hub}': {reason}") from error
 
 
 def _copies(source: str, copy: str, files: list[str]) -> list[Path]:
@@ -88,7 +85,7 @@ def _copies(source: str, copy: str, files: list[str]) -> list[Path]:
         if all(path.is_file() for path in paths):
             return paths
     absent = next(file for file in files if not (root / file).is_file())
-    raise PromptError(f"'{source}' names no local copy: '{root}' has no {absent}.")
+    raise UserError(f"'{source}' names no local copy: '{root}' has no {absent}.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -99,9 +96,9 @@ def _rows(path: Path, published: str) -> Rows:
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeError as error:
-        raise PromptError(f"'{path}' is not UTF-8 text; save it as UTF-8.") from error
+        raise UserError(f"'{path}' is not UTF-8 text; save it as UTF-8.") from error
     except OSError as error:
-        raise PromptError(f"'{path}' cannot be read: {error.strerror or error}.") from error
+        raise UserError(f"'{path}' cannot be read: {error.strerror or error}.") from error
     if published.endswith(".json"):
         style = Path(published).stem
         return _json(path, text, style if style in STYLES else None)
@@ -116,14 +113,14 @@ def _json(path: Path, text: str, category: str | None) -> Rows:
     try:
         entries = json.loads(text)
     except ValueError as error:
-        raise PromptError(f"'{path}' is not JSON: {error}.") from error
+        raise UserError(f"'{path}' is not JSON: {error}.") from error
     if not isinstance(entries, list):
-        raise PromptError(f"'{path}' must be a list of prompts, or of objects with a 'prompt'.")
+        raise UserError(f"'{path}' must be a list of prompts, or of objects with a 'prompt'.")
     rows = []
     for number, entry in enumerate(entries):
         prompt = entry.get("prompt") if isinstance(entry, dict) else entry
         if not isinstance(prompt, str) or not prompt.strip():
-            raise PromptError(f"Entry {number} (from 0) of '{path}' holds no prompt.")
+            raise UserError(f"Entry {number} (from 0) of '{path}' holds no prompt.")
         rows.append((prompt, category))
     return rows
 
@@ -133,7 +130,7 @@ def _table(path: Path, lines: list[str]) -> Rows:
     columns, rows = lines[0].split("\t"), []
     for name in ("Prompt", "Category"):
         if name not in columns:
-            raise PromptError(f"'{path}' has no column '{name}', it has {', '.join(columns)}.")
+            raise UserError(f"'{path}' has no column '{name}', it has {', '.join(columns)}.")
     for number, line in enumerate(lines[1:], 2):
         cells = line.split("\t")
         row = dict(zip(columns, cells, strict=False))  # without the empty cells at its end is fine
@@ -141,9 +138,9 @@ def _table(path: Path, lines: list[str]) -> Rows:
             continue
         if len(cells) > len(columns):
             wrong = f"has {len(cells)} cells for {len(columns)} columns; a prompt cannot hold a tab"
-            raise PromptError(f"Line {number} of '{path}' {wrong}.")
+            raise UserError(f"Line {number} of '{path}' {wrong}.")
         for name in ("Prompt", "Category"):
             if not row.get(name, "").strip():
-                raise PromptError(f"Line {number} of '{path}' has no {name}.")
+                raise UserError(f"Line {number} of '{path}' has no {name}.")
         rows.append((row["Prompt"], row["Category"]))
     return rows

@@ -4,7 +4,7 @@ a run whose steps stay non-finite and writes down where. Needs torch alone.
     arm(engine)                                                  # after deepspeed.initialize
     watch, broken = Watch(), Broken(out, rank, limit(ds_config))
     broken.note(n, rows, captions, t, err, err_ref, losses)      # each micro-step, without a sync
-    broken.after_step(step, engine)                              # each step; may raise StopTraining
+    broken.after_step(step, engine)                              # each step; may raise UserError
     for sentence in watch(line): ...                             # each line of metrics.jsonl
 """
 
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from system.files import UserError
 
 # -------------------------------------------------------------------------------------------------
 # The metrics.
@@ -99,10 +101,6 @@ class Watch:
 # Non-finite steps.
 
 
-class StopTraining(ValueError):
-    """A run that goes nowhere: one sentence with the steps, the file that has more, and the fix."""
-
-
 def limit(ds_config: dict) -> int:
     """Skipped steps in a row after which a run is stopped.
 
@@ -139,7 +137,7 @@ class Broken:
         """Call after every optimizer step (from 1); repairs DeepSpeed, see `reset_after_skip`.
 
         On the limit-th skipped step in a row writes out/nonfinite/step_XXXXXX_rank_R.json and
-        raises StopTraining."""
+        raises UserError."""
         notes, self.notes = self.notes, []
         if engine.was_step_applied():
             self.skipped = 0
@@ -162,7 +160,7 @@ class Broken:
         else:
             likely = "this rank's losses are finite, a backward pass overflows: a smaller --lr or "
             likely += "--beta, or bf16 in place of fp16"
-        raise StopTraining(
+        raise UserError(
             f"{self.skipped} steps in a row had a non-finite loss or gradient (steps "
             f"{step - self.skipped + 1} to {step}); {file.parent} has the last one's rows and "
             f"timesteps; likely {likely}."

@@ -1,0 +1,1 @@
+"""Programs for developers: studies, benchmark, pretraining, chaos. May import anything."""

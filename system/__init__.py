@@ -1,0 +1,1 @@
+"""Processes, checkpoints, loader workers, files. Imports nothing of ours from outside."""

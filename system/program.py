@@ -1,0 +1,59 @@
+"""How a program speaks to its user: its --help, and how it ends.
+
+Nothing here takes long to import, so that programs can answer --help and wrong flags at once.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+from system.files import UserError
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Description and epilog as they are written, and each option's default behind its help."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+@contextlib.contextmanager
+def reported(program: str, every_rank: bool = False) -> Iterator[None]:
+    """End the program in one sentence: exit code 2 for a UserError, 1 where another rank is gone,
+    130 for Ctrl-C.
+
+    What all ranks know is printed once a node. every_rank: a rank may fail alone, so each prints
+    its own, with its number."""
+    rank = f"rank {os.environ.get('RANK', '0')}: "
+    try:
+        yield
+        return
+    except UserError as error:
+        code, said = 2, f"{program}: error: {rank * every_rank}{error}"
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        every_rank, code = True, 1
+        said = f"{program}: error: {rank}another rank is gone; the same command continues."
+    except KeyboardInterrupt:
+        code, said = 130, f"\n{program}: interrupted; the same command continues."
+    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(said, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+LOST = (
+    "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe",
+    "Timed out waiting", "timeout caused pair closure",  # gloo
+    "remote process exit", "communicator was aborted", "collective operation timeout",  # NCCL
+    "Connection was likely closed", "wait timeout after",  # the store
+)  # fmt: skip
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether torch.distributed says by `error` that another rank vanished or hangs.
+
+    gloo raises plain RuntimeErrors, and NCCL's class has other causes as well: the text decides."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)

@@ -1,0 +1,1 @@
+"""One training run: flags, checks, latents, folder, guards. May import evaluation and below."""
