@@ -21,7 +21,7 @@ demo: $(READY)
 # The paper's table in miniature, the settings that were tried, and an ablation; each continues where
 # it was stopped.
 table tune ablation: $(READY)
-	$(BIN)/python study.py $@ --out out/$@
+	$(BIN)/python -m lab.study $@ --out out/$@
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -n 2 --dist loadscope
@@ -32,12 +32,12 @@ lint: $(READY)
 
 # Kill a run again and again, and compare it with an undisturbed one.
 chaos: $(READY)
-	$(BIN)/python chaos.py --kills 20 --report docs/reliability.md
+	$(BIN)/python -m lab.chaos --kills 20 --report docs/reliability.md
 
 # Speed, memory and cost of a training step; on a GPU: make bench BENCH="--model sdxl"
 BENCH ?= --model tiny
 bench: $(READY)
-	$(BIN)/python bench.py $(BENCH)
+	$(BIN)/python -m lab.bench $(BENCH)
 
 clean:
 	rm -rf .venv out/demo

@@ -87,7 +87,7 @@ class Source(NamedTuple):
 
 
 def check(args: argparse.Namespace) -> dict[str, dict[str, Source]]:
-    """{prompt set: {model: its images}}, and args.scorers filled in. Raises one of MISTAKES.
+    """{prompt set: {model: its images}}, and args.scorers filled in. Raises UserError.
 
     Cheap things first; at last every model that draws is loaded once: its weights are there, fit
     together, and are those that drew what its folders already hold."""

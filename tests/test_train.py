@@ -547,7 +547,8 @@ def test_a_second_job_in_the_folder_is_refused_until_the_first_ends(argv, tmp_pa
 
 
 def test_the_lock_ends_with_its_process_however_it_ends_and_not_with_its_children(tmp_path):
-    code = "import subprocess, sys; from pathlib import Path; from training import run; lock = run.lock(Path('.'));"
+    code = "import subprocess; from pathlib import Path; from training import run;"
+    code += "lock = run.lock(Path('.'));"
     code += "print(subprocess.Popen(['sleep', '60'], close_fds=False).pid, flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -226,7 +226,7 @@ def trains_adapters(args: argparse.Namespace) -> bool:
 
 
 def check(args: argparse.Namespace) -> Plan:
-    """Check everything, cheap things first. Raises one of train_inpo.MISTAKES."""
+    """Check everything, cheap things first. Raises UserError."""
     for flag, default in recipe_of(args.model, args.method).items():
         if default is None and flag != "vae" and getattr(args, flag) is not None:
             raise UserError(
