@@ -64,7 +64,7 @@ from evaluation import figures, gallery, scorers, winrate
 from evaluation.gallery import generate, score
 from evaluation.prompts import PromptSet
 from evaluation.prompts import read as read_prompts
-from system import processes
+from system import hub, processes
 from system.files import UserError
 from system.processes import print0
 from system.program import HelpFormatter, reported
@@ -94,9 +94,9 @@ def check(args: argparse.Namespace) -> dict[str, dict[str, Source]]:
     check_flags(args)
     models = name_models(args.models)
     given = {name: Path(path) for name, path in models.items() if gallery.is_gallery(path)}
-    kinds = {name: model.kind(path) for name, path in models.items() if name not in given}
+    kinds = {name: hub.kind(path) for name, path in models.items() if name not in given}
     first = next((models[name] for name, kind in kinds.items() if kind == "pipeline"), None)
-    if args.base and model.kind(args.base) != "pipeline":
+    if args.base and hub.kind(args.base) != "pipeline":
         raise UserError(f"--base '{args.base}' is no pipeline; name a folder or hub id of one.")
     bases = {n: None if kind == "pipeline" else args.base or first for n, kind in kinds.items()}
     around = {name: model.pipeline_of(models[name], base) for name, base in bases.items()}
@@ -122,7 +122,7 @@ def check(args: argparse.Namespace) -> dict[str, dict[str, Source]]:
                 row[name] = Source(given[name], manifest, False)
                 continue
             about = {"name": name, "model": path, "base": bases[name], "dtype": dtype}
-            about |= {"architecture": model.architecture(around[name])} | settings[name] | asked
+            about |= {"architecture": hub.architecture(around[name])} | settings[name] | asked
             row[name] = Source(args.out / "images" / prompts.name / name, about, True)
         gallery.refuse_mixing({name: source.manifest for name, source in row.items()})
     for name in models:
@@ -181,8 +181,8 @@ def name_models(texts: list[str]) -> dict[str, str]:
 
 def family(pipeline: str) -> str:
     """tiny, sdxl or sd15: of USUAL. An SDXL is tiny with latents up to 32 px."""
-    kind = model.architecture(pipeline)
-    small = kind == "sdxl" and model.read_config(pipeline, "unet")["sample_size"] <= 32
+    kind = hub.architecture(pipeline)
+    small = kind == "sdxl" and hub.read_config(pipeline, "unet")["sample_size"] <= 32
     return "tiny" if small else kind
 
 

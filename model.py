@@ -11,16 +11,13 @@ encodes an empty string."""
 import errno
 import hashlib
 import json
-import re
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
@@ -28,96 +25,15 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from system.files import UserError
+from system.hub import LORA, PRESETS, architecture, find, kind, one_sentence, part_of
 
-PRESETS = {
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "tiny": str(Path(__file__).parent / "assets" / "tiny-sdxl"),
-}
-ARCHITECTURES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
-LORA = "pytorch_lora_weights.safetensors"
 DECODED = 2**20  # pixels that the VAE decodes at once: a picture of SDXL, 256 of the tiny model
-UNREACHABLE = "the hub cannot be reached; check the network, or name a local folder."
 
 
 # -------------------------------------------------------------------------------------------------
 # Load: a preset, a hub id, or a folder in diffusers layout. Safetensors where there are any, else
 # pickles by torch.load(weights_only=True), else the fp16 variant; code that comes with a model is
 # never run.
-
-
-def _try(action: Callable, sentence: str):
-    """action(), with the libraries' many errors made one sentence."""
-    try:
-        return action()
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).replace(":\n\t", ": ").splitlines()[0]
-        cause = error
-        while cause is not None and not isinstance(cause, LocalEntryNotFoundError):
-            cause = cause.__cause__ or cause.__context__
-        raise UserError(f"{sentence}: {UNREACHABLE if cause else reason}") from error
-
-
-def _locate(name: str, what: str, *files: str) -> tuple[str, str]:
-    """(folder or hub id, the first of the files that it holds) of a name; UserError for none."""
-    path, failure = PRESETS.get(name, name), None
-    folder, hub_id = Path(path).is_dir(), r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)"
-    if not folder and (Path(path).exists() or not re.fullmatch(hub_id, path)):
-        raise UserError(
-            f"Unknown {what} '{name}': use {', '.join(PRESETS)}, a folder in diffusers layout, or "
-            "a hub id like owner/name."
-        )
-
-    def holds(file: str):
-        return (Path(path) / file).is_file() if folder else hf_hub_download(path, file)
-
-    for file in files:
-        try:
-            if _try(partial(holds, file), f"Cannot load the {what} '{path}'"):
-                return path, file
-        except UserError as error:  # of a hub; offline, only what is in the cache is known
-            if not isinstance(error.__cause__, RemoteEntryNotFoundError):
-                failure = failure or error
-    raise failure or UserError(f"'{path}' is not a {what}: it has no {' or '.join(files)}.")
-
-
-def kind(path: str) -> str:
-    """What NAME=PATH may point at: "pipeline", "unet" (alone, at the root or in unet/), "lora".
-
-    A .safetensors file is a LoRA; of a folder or hub id the first file that it holds decides."""
-    if path.endswith(".safetensors") and Path(path).is_file():
-        return "lora"
-    files = ("model_index.json", "unet/config.json", "config.json", LORA)
-    found = _locate(path, "pipeline, UNet or LoRA", *files)[1]
-    return {"model_index.json": "pipeline", LORA: "lora"}.get(found, "unet")
-
-
-def architecture(name: str) -> str:
-    """The kind, "sdxl" or "sd15", by model_index.json. Raises UserError for any other pipeline."""
-    path, _ = _locate(name, "diffusers pipeline", "model_index.json")
-    index = _try(lambda: DiffusionPipeline.load_config(path), f"Cannot read the pipeline '{path}'")
-    cls = index.get("_class_name", "pipeline without a class")
-    if str(cls) not in ARCHITECTURES:  # a list names code of its own
-        raise UserError(f"'{path}' is a {cls}; {' and '.join(ARCHITECTURES)} can be trained here.")
-    return ARCHITECTURES[cls]
-
-
-def part_of(name: str, part: str) -> tuple[str, str | None]:
-    """(folder or hub id, subfolder) of a part, "unet" or "vae": in a pipeline, or by itself."""
-    files = (f"{part}/config.json", "config.json")
-    path, file = _locate(name, f"{part} checkpoint or pipeline", *files)
-    return path, part if "/" in file else None
-
-
-def read_config(name: str, part: str) -> dict:
-    """The configuration of a part: "unet", "vae" (in a pipeline or by itself) or "scheduler"."""
-    path, subfolder = (
-        (PRESETS.get(name, name), part) if part == "scheduler" else part_of(name, part)
-    )
-    # The classes matter only for the name of the file: scheduler_config.json or config.json.
-    loader = DDIMScheduler if part == "scheduler" else UNet2DConditionModel
-    sentence = f"Cannot read the {part} of '{path}'"
-    return _try(partial(loader.load_config, path, subfolder=subfolder), sentence)
 
 
 def count_parameters(unet_config: dict) -> int:
@@ -135,11 +51,11 @@ def _load(cls, name: str, part: str, dtype: torch.dtype):
     files = [f"{place}{stem}.safetensors", f"{place}{pickled}.bin"]
     files += [f"{file}.index.json" for file in files]  # of weights in several files
     files += [f"{place}{stem}.fp16.safetensors", f"{place}{stem}.safetensors.index.fp16.json"]
-    file = _locate(path, f"{part} with weights", *files)[1]
+    file = find(path, f"{part} with weights", *files)[1]
     variant = "fp16" if ".fp16." in file else None
     options = {"subfolder": subfolder, "dtype": dtype, "variant": variant}
     load = partial(cls.from_pretrained, path, **options, output_loading_info=True)
-    module, found = _try(load, f"Cannot load the {part} of '{path}'")
+    module, found = one_sentence(load, f"Cannot load the {part} of '{path}'")
     said = f"The {part} of '{path}', {file},"
     absent = {key for key, weight in module.named_parameters() if weight.is_meta}  # an index lies
     if absent := absent.union(found["missing_keys"]):
@@ -179,7 +95,7 @@ def load_pipeline(
     else:
         parts |= {"safety_checker": None, "requires_safety_checker": False}
     load = partial(DiffusionPipeline.from_pretrained, path, **parts)
-    pipeline = _try(load, f"Cannot load the pipeline '{path}'")
+    pipeline = one_sentence(load, f"Cannot load the pipeline '{path}'")
     if dtype != torch.float32:
         overflows = sdxl and pipeline.vae.config.force_upcast
         pipeline.vae.to(torch.float32 if overflows else torch.float16)
@@ -240,17 +156,17 @@ def fuse_lora(pipeline: DiffusionPipeline, path: str):
     file = path if path.endswith(".safetensors") else str(Path(path) / LORA)
     if not Path(file).is_file():
         file = hf_hub_download(path, LORA)
-    with _try(lambda: safe_open(file, "pt"), sentence) as lora:
+    with one_sentence(lambda: safe_open(file, "pt"), sentence) as lora:
         keys = [key for key in lora.keys() if not key.endswith(".alpha")]
         given = {plain(key.removeprefix("lora_")): key for key in keys}
     load = partial(pipeline.load_lora_weights, file, adapter_name="it", use_safetensors=True)
-    _try(load, sentence)
+    one_sentence(load, sentence)
     loaded = [f"{part}.{key}" for part, m in _modules(pipeline).items() for key in m.state_dict()]
     found = {plain(key): key.replace(".it.", ".") for key in loaded if ".it." in key}
     if len(given) != len(found):
         odd = (found | given)[min(given.keys() ^ found.keys())]
         raise UserError(f"{sentence}: {odd} has no counterpart.")
-    _try(lambda: pipeline.fuse_lora(safe_fusing=True), sentence)
+    one_sentence(lambda: pipeline.fuse_lora(safe_fusing=True), sentence)
     pipeline.unload_lora_weights()
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import model
 from evaluation.prompts import PromptSet
-from system import processes
+from system import hub, processes
 from system.files import UserError
 
 # --------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def is_gallery(path: str) -> bool:
     if (Path(path) / "manifest.json").is_file() or not pictures(Path(path)):
         return (Path(path) / "manifest.json").is_file()
     try:
-        model.kind(path)
+        hub.kind(path)
     except UserError:
         return True
     return False

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import model
 from invert import ddim_invert
 from loss import inpo_loss, squared_error
+from system import hub
 from system.files import UserError
 from system.program import HelpFormatter
 from training.cost import build, call_flops, random_inputs
@@ -60,9 +61,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def read_config(name: str) -> dict:
     """The UNet configuration of a preset or a folder. Raises UserError."""
-    if name == "tiny" and not Path(model.PRESETS[name]).is_dir():
+    if name == "tiny" and not Path(hub.PRESETS[name]).is_dir():
         raise UserError("--model tiny: assets/tiny-sdxl is not there; name a folder.")
-    config = CONFIGS.get(name) or model.read_config(name, "unet")
+    config = CONFIGS.get(name) or hub.read_config(name, "unet")
     if name not in CONFIGS and config.get("_class_name") != UNet2DConditionModel.__name__:
         raise UserError(f"--model {name}: is no UNet2DConditionModel, nor has one.")
     return config

@@ -37,6 +37,7 @@ import toy
 from evaluation import figures
 from invert import add_noise, randn_like
 from lab import report
+from system import hub
 from system.files import ROOT, UserError
 from system.program import HelpFormatter
 from training import cost, plan, run
@@ -177,7 +178,7 @@ def measure(folder: Path, images: int, steps: list[int] | None = None):
         measured = {"images": images, "steps": {}}
     pipeline = model.load_pipeline("tiny")
     exports = {str(int(path.name[5:])): path for path in sorted(folder.glob("unets/step_*"))}
-    for step, path in (exports or {"0": model.PRESETS["tiny"]}).items():
+    for step, path in (exports or {"0": hub.PRESETS["tiny"]}).items():
         if step not in measured["steps"] and (steps is None or int(step) in steps):
             kept = folder / "images" / f"step_{int(step):06d}"
             measured["steps"][step] = judge(pipeline, model.load_unet(str(path)), images, kept)

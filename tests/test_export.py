@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import model
 import train_inpo
+from system import hub
 from system.files import ROOT
 from training import export, lora, plan
 
@@ -88,7 +89,7 @@ def predict(pipeline) -> torch.Tensor:
 
 def by_hand(pipeline, path: Path, scale: float):
     """W + scale B A in the place of W, from the file's own tensors."""
-    file = load_file(path / model.LORA)
+    file = load_file(path / hub.LORA)
     with torch.no_grad():
         for key in [key for key in file if key.endswith(".lora_A.weight")]:
             module = key.removeprefix("unet.").removesuffix(".lora_A.weight")
@@ -109,12 +110,12 @@ def test_the_export_of_the_last_checkpoint_is_what_the_run_wrote(
     out = write(tmp_path, runs / name)
     assert "Warning" not in capsys.readouterr().err
     for file in [path.relative_to(out) for path in out.rglob("*") if path.is_file()]:
-        if file.name == model.LORA:
+        if file.name == hub.LORA:
             assert described(out / file) == described(runs / name / file)
             assert same(load_file(out / file), load_file(runs / name / file))
         else:
             assert (out / file).read_bytes() == (runs / name / file).read_bytes(), file
-    found, parts = {path.name for path in out.iterdir()}, {model.LORA}
+    found, parts = {path.name for path in out.iterdir()}, {hub.LORA}
     if "lora" not in name and name != "merged":
         parts = {"model_index.json", "unet", "vae", "text_encoder", "text_encoder_2", "scheduler"}
         parts |= {"tokenizer", "tokenizer_2"}

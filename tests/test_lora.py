@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.nn.functional import softplus
 
 import model
-from system import processes
+from system import hub, processes
 from training import lora
 
 both = pytest.mark.parametrize("kind", ["sdxl", "sd15"])
@@ -318,7 +318,7 @@ def test_what_is_saved_predicts_exactly_what_was_trained(checkpoint, tmp_path, k
     unet, pipeline = adapted(checkpoint(kind), alpha), pipeline_of(checkpoint(kind), kind)
     pipeline.load_lora_weights(saved(unet, tmp_path))
     assert torch.equal(predict(pipeline.unet, kind), predict(unet, kind))
-    with safe_open(tmp_path / model.LORA, "pt") as file:
+    with safe_open(tmp_path / hub.LORA, "pt") as file:
         said = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (said["unet.r"], said["unet.lora_alpha"]) == (4, alpha)
     assert (
@@ -331,7 +331,7 @@ def test_what_is_saved_draws_what_was_trained_when_it_is_fused_for_evaluation(
     checkpoint, tmp_path, kind
 ):
     unet, pipeline = adapted(checkpoint(kind)), model.load_pipeline(str(checkpoint(kind)))
-    assert model.kind(saved(unet, tmp_path)) == "lora"
+    assert hub.kind(saved(unet, tmp_path)) == "lora"
     fused = model.load_any(str(tmp_path), str(checkpoint(kind)))
     torch.testing.assert_close(predict(fused.unet, kind), predict(unet, kind), rtol=1e-4, atol=1e-5)
     pipeline.register_modules(unet=unet)
@@ -343,8 +343,8 @@ def test_what_is_saved_draws_what_was_trained_when_it_is_fused_for_evaluation(
 
 def test_a_file_in_half_precision_is_half_as_long_and_rounded_once(checkpoint, tmp_path):
     unet = adapted(checkpoint())
-    whole = load_file(f"{saved(unet, tmp_path / 'a')}/{model.LORA}")
-    half = load_file(f"{saved(unet, tmp_path / 'b', dtype=torch.float16)}/{model.LORA}")
+    whole = load_file(f"{saved(unet, tmp_path / 'a')}/{hub.LORA}")
+    half = load_file(f"{saved(unet, tmp_path / 'b', dtype=torch.float16)}/{hub.LORA}")
     assert {w.dtype for w in whole.values()} == {torch.float32}
     assert_same(half, {name: w.half() for name, w in whole.items()})
 
@@ -434,7 +434,7 @@ def test_what_is_no_lora_is_refused(checkpoint, tmp_path):
     pipeline = pipeline_of(checkpoint(), "sdxl")
     (tmp_path / "no.safetensors").write_bytes(b"no")
     for path, words in {
-        str(tmp_path): model.LORA,
+        str(tmp_path): hub.LORA,
         str(tmp_path / "no.safetensors"): "does not fit the UNet",
         str(tmp_path / "nowhere"): "Unknown LoRA",
     }.items():

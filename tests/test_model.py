@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import model
 from lab import pretrain
 from model import load_pipeline
+from system import hub
 from system.files import UserError
 
 SIZE, CAPTIONS = 16, ["a red circle on a white background", "zebra", "a blue cross"]
@@ -82,18 +83,18 @@ def generators(*seeds):
 @both
 def test_architecture_and_configurations_are_read_from_the_folder(checkpoint, kind):
     folder = checkpoint(kind)
-    assert model.architecture(str(folder)) == kind
+    assert hub.architecture(str(folder)) == kind
     for part in ("unet", "vae", "scheduler"):
         file = "scheduler_config.json" if part == "scheduler" else "config.json"
         written = json.loads((folder / part / file).read_text())
-        assert model.read_config(str(folder), part) == written
-    assert model.read_config(str(folder / "unet"), "unet")["sample_size"] == 8
-    assert model.read_config(str(folder / "vae"), "vae")["block_out_channels"] == [8, 16]
+        assert hub.read_config(str(folder), part) == written
+    assert hub.read_config(str(folder / "unet"), "unet")["sample_size"] == 8
+    assert hub.read_config(str(folder / "vae"), "vae")["block_out_channels"] == [8, 16]
 
 
 @both
 def test_parameters_are_counted_without_weights(checkpoint, kind):
-    config = model.read_config(str(checkpoint(kind)), "unet")
+    config = hub.read_config(str(checkpoint(kind)), "unet")
     weights = load_file(checkpoint(kind) / "unet" / "diffusion_pytorch_model.safetensors")
     assert model.count_parameters(config) == sum(w.numel() for w in weights.values())
 
@@ -307,7 +308,7 @@ def refusal(action, *arguments, **options):
 
 def write_lora(folder, into, alpha=8.0, metadata=True, kohya=False, text=True, change=None):
     """A random LoRA of rank 4 for a pipeline, by peft and diffusers; change(weights) -> weights."""
-    cls = KINDS[model.architecture(str(folder))]
+    cls = KINDS[hub.architecture(str(folder))]
     pipeline = cls.from_pretrained(folder)
     torch.manual_seed(1)
     layers = {}
@@ -321,7 +322,7 @@ def write_lora(folder, into, alpha=8.0, metadata=True, kohya=False, text=True, c
             if metadata:
                 layers[f"{part}_lora_adapter_metadata"] = config.to_dict()
     cls.save_lora_weights(into, **layers)
-    file = Path(into) / model.LORA
+    file = Path(into) / hub.LORA
     weights = load_file(file)
     if change or kohya:
         weights = change(weights) if change else weights
@@ -387,7 +388,7 @@ def test_the_kind_of_a_model_is_decided_by_the_files_it_has(checkpoint, tmp_path
     write_lora(checkpoint(kind), tmp_path / "both")
     write_lora(checkpoint(kind), tmp_path / "adapter")
     whole = shutil.copytree(checkpoint(kind), tmp_path / "whole")
-    (whole / model.LORA).write_bytes(b"")
+    (whole / hub.LORA).write_bytes(b"")
     for name, expected in {
         "whole": "pipeline",
         "within": "unet",
@@ -395,9 +396,9 @@ def test_the_kind_of_a_model_is_decided_by_the_files_it_has(checkpoint, tmp_path
         "both": "unet",
         "adapter": "lora",
     }.items():
-        assert model.kind(str(tmp_path / name)) == model.kind(hub(tmp_path / name)) == expected
-    assert model.kind(str(tmp_path / "adapter" / model.LORA)) == "lora"
-    assert model.kind("tiny") == "pipeline"
+        assert hub.kind(str(tmp_path / name)) == hub.kind(hub(tmp_path / name)) == expected
+    assert hub.kind(str(tmp_path / "adapter" / hub.LORA)) == "lora"
+    assert hub.kind("tiny") == "pipeline"
 
 
 def test_the_hub_is_asked_for_the_files_in_order_and_for_no_more(monkeypatch):
@@ -410,18 +411,18 @@ def test_the_hub_is_asked_for_the_files_in_order_and_for_no_more(monkeypatch):
         return file
 
     monkeypatch.setattr(model, "hf_hub_download", download)
-    files = ["model_index.json", "unet/config.json", "config.json", model.LORA]
+    files = ["model_index.json", "unet/config.json", "config.json", hub.LORA]
     for i, expected in enumerate(["pipeline", "unet", "unet", "lora"]):
         asked.clear()
         held |= {files[-1], files[i]}
-        assert model.kind("owner/name") == expected
+        assert hub.kind("owner/name") == expected
         assert asked == files[: i + 1]
         held.clear()
-    sentence = refusal(model.kind, "owner/name")
+    sentence = refusal(hub.kind, "owner/name")
     assert sentence.startswith(
         "'owner/name' is not a pipeline, UNet or LoRA: it has no model_index"
     )
-    assert model.LORA in sentence
+    assert hub.LORA in sentence
 
 
 def test_a_hub_that_cannot_be_reached_is_not_taken_for_one_without_the_file(monkeypatch):
@@ -430,7 +431,7 @@ def test_a_hub_that_cannot_be_reached_is_not_taken_for_one_without_the_file(monk
         raise LocalEntryNotFoundError("no connection") if "unet" in file else missing
 
     monkeypatch.setattr(model, "hf_hub_download", download)
-    for action in (model.kind, model.load_any):
+    for action in (hub.kind, model.load_any):
         sentence = refusal(action, "owner/name")
         assert "'owner/name': the hub cannot be reached; check the network" in sentence
 
@@ -495,7 +496,7 @@ def test_a_lora_draws_what_it_draws_as_an_adapter_of_diffusers(checkpoint, tmp_p
     base = str(checkpoint(kind))
     write_lora(base, tmp_path / "lora")
     theirs = load_pipeline(base)
-    theirs.load_lora_weights(tmp_path / "lora", weight_name=model.LORA)
+    theirs.load_lora_weights(tmp_path / "lora", weight_name=hub.LORA)
     for path in (str(tmp_path / "lora"), hub(tmp_path / "lora")):
         assert levels(draw(model.load_any(path, base)), draw(theirs)) <= 1
 
@@ -600,13 +601,11 @@ def test_a_path_to_nothing_or_to_another_file_is_not_looked_up_on_the_hub(
     (tmp_path / "out").mkdir()
     for notes in ("notes.md", "out/notes.md"):
         (tmp_path / notes).write_text("")
-    assert refusal(model.kind, path).startswith(
-        f"Unknown pipeline, UNet or LoRA '{path}': use sdxl"
-    )
+    assert refusal(hub.kind, path).startswith(f"Unknown pipeline, UNet or LoRA '{path}': use sdxl")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    sentence = refusal(model.kind, str(tmp_path))
+    sentence = refusal(hub.kind, str(tmp_path))
     assert f"'{tmp_path}' is not a pipeline, UNet or LoRA: it has no model_index.json" in sentence
 
 
@@ -1291,7 +1290,7 @@ def test_a_saved_pipeline_loads_without_arguments_and_samples_the_same(checkpoin
     expected = model.sample(pipeline, CAPTIONS, [5, 6, 7], 2, 4.0)
     assert levels(before, expected) > 0
     assert levels(expected, model.sample(saved, CAPTIONS, [5, 6, 7], 2, 4.0)) == 0
-    assert model.architecture(str(tmp_path / "policy")) == kind  # and trains on from there
+    assert hub.architecture(str(tmp_path / "policy")) == kind  # and trains on from there
     assert same(load_pipeline(str(tmp_path / "policy")).unet.state_dict(), weights)
 
 
@@ -1336,7 +1335,7 @@ def test_a_saved_pipeline_has_what_older_releases_read(copy, tmp_path, kind, pub
 
 def test_the_embedded_model_and_one_pretrained_anew_have_what_older_releases_read(tmp_path):
     tiny = load_pipeline("tiny").tokenizer
-    shutil.copytree(model.PRESETS["tiny"], tmp_path / "tiny")
+    shutil.copytree(hub.PRESETS["tiny"], tmp_path / "tiny")
     pretrain.pretrain(tmp_path / "anew", n=64, vae_steps=1, unet_steps=1)
     for name in ("tiny", "anew"):
         assert_readable_by_older_releases(tmp_path / name, tiny)
@@ -1379,12 +1378,12 @@ def test_a_unet_saved_alone_loads_alone_with_its_weights_and_settings(
     assert same(loaded.state_dict(), weights)
     visible = lambda c: {k: v for k, v in c.items() if k[0] != "_"}  # noqa: E731
     assert visible(loaded.config) == visible(config)
-    assert model.kind(str(tmp_path / "unet alone")) == "unet"
+    assert hub.kind(str(tmp_path / "unet alone")) == "unet"
 
 
 def test_a_unet_alone_of_other_weights_is_refused(checkpoint, tmp_path):
     weights = other_unet(checkpoint("sdxl"))
     weights.pop("conv_in.weight")
     with pytest.raises(RuntimeError, match="conv_in.weight"):
-        model.save_unet(model.read_config(str(checkpoint("sdxl")), "unet"), weights, tmp_path)
+        model.save_unet(hub.read_config(str(checkpoint("sdxl")), "unet"), weights, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -20,6 +20,7 @@ from transformers import CLIPTokenizer
 import model
 import toy
 from lab import pretrain
+from system import hub
 
 SATURATIONS, BLURS = (0.3, 0.5, 1.0), (0.0, 0.8, 1.6, 2.5)  # the whole range of both
 EVERY = [
@@ -451,7 +452,7 @@ def test_the_untrained_model_is_sdxl_in_small(tmp_path):
 
 
 def test_the_embedded_model_is_small_and_loads_without_arguments():
-    folder = model.PRESETS["tiny"]
+    folder = hub.PRESETS["tiny"]
     assert os.path.isdir(folder), "assets/tiny-sdxl is missing"
     files = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
     assert sum(map(os.path.getsize, files)) <= 10 * 2**20

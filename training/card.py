@@ -10,7 +10,7 @@ import deepspeed
 import diffusers
 import torch
 
-import model
+from system import hub
 
 METHODS = {
     "inpo": "DDIM-InPO (Lu et al., CVPR 2025, arXiv 2503.18454): the latents of winner and loser\n"
@@ -23,7 +23,7 @@ METHODS = {
 
 def facts(args: argparse.Namespace, asked: dict, adapters: bool, pairs: int, world: int) -> dict:
     """What is to be said of a run, as JSON holds it. asked: its flags. pairs: of the data."""
-    hub = {name: model.PRESETS[name] for name in ("sdxl", "sd15")} | {"tiny": "assets/tiny-sdxl"}
+    hub = {name: hub.PRESETS[name] for name in ("sdxl", "sd15")} | {"tiny": "assets/tiny-sdxl"}
     recipe = {key: value for key, value in asked.items() if key != "ds_config"}
     argv = [word for word in sys.argv if not word.startswith("--local_rank")]
     return {
@@ -31,7 +31,7 @@ def facts(args: argparse.Namespace, asked: dict, adapters: bool, pairs: int, wor
         "method": args.method,
         "base_model": hub.get(args.model, args.model),
         "unet": args.unet and hub.get(args.unet, args.unet),
-        "unet_subfolder": args.unet and model.part_of(args.unet, "unet")[1],
+        "unet_subfolder": args.unet and hub.part_of(args.unet, "unet")[1],
         "adapters": adapters,
         "merged": args.lora if args.lora_start == "merge" else None,
         "data": args.data,

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from huggingface_hub import hf_hub_download
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor
 
-from model import LORA, _locate, _try
 from system.files import UserError
+from system.hub import LORA, find, one_sentence
 
 NAME = "default"  # of the adapter: peft's own default, as in the published scripts
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -54,9 +53,8 @@ def adopt(pipeline: DiffusionPipeline, path: str):
     tensor of the file would be lost, or one of the adapter is not in the file."""
     file, sentence = path, f"The LoRA '{path}' does not fit the UNet"
     if not path.endswith(".safetensors"):
-        path, _ = _locate(path, "LoRA", LORA)
-        file = f"{path}/{LORA}" if Path(path).is_dir() else hf_hub_download(path, LORA)
-    with _try(lambda: safe_open(file, "pt"), sentence) as tensors:
+        file = str(find(path, "LoRA", LORA)[0])
+    with one_sentence(lambda: safe_open(file, "pt"), sentence) as tensors:
         given = [key for key in tensors.keys() if not key.endswith(".alpha")]
     if text := [key for key in given if key.startswith(("text_encoder", "lora_te"))]:
         raise UserError(
@@ -64,7 +62,7 @@ def adopt(pipeline: DiffusionPipeline, path: str):
             "here and would be lost; merge it: --lora-start merge."
         )
     load, unet = pipeline.load_lora_weights, pipeline.unet.requires_grad_(False)
-    _try(lambda: load(file, adapter_name=NAME, use_safetensors=True), sentence)
+    one_sentence(lambda: load(file, adapter_name=NAME, use_safetensors=True), sentence)
     if len(given) != len(trainable(unet)):  # diffusers only warns of tensors that match nothing
         raise UserError(
             f"{sentence}: it has {len(given)} tensors, the adapter that it describes has "

@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 import data
 import model
 from evaluation import scorers
+from system import hub
 from system.files import ROOT, UserError
 from system.program import HelpFormatter
 from training import cost, lora, memory, preview, run
@@ -281,9 +282,9 @@ def check(args: argparse.Namespace) -> Plan:
         ds_config = {key: ds_config[key] for key in ds_config if key not in ("bf16", "fp16")}
 
     run.check_folder(args.out, asked(args))
-    unet = model.read_config(args.unet or args.model, "unet")
-    vae = model.read_config(args.vae or args.model, "vae")
-    timesteps = model.read_config(args.model, "scheduler").get("num_train_timesteps", 1000)
+    unet = hub.read_config(args.unet or args.model, "unet")
+    vae = hub.read_config(args.vae or args.model, "vae")
+    timesteps = hub.read_config(args.model, "scheduler").get("num_train_timesteps", 1000)
     strata = args.inversion_steps or args.strata
     if timesteps % strata:
         flag = "--inversion-steps" if args.inversion_steps else "--strata"
@@ -307,11 +308,11 @@ def check(args: argparse.Namespace) -> Plan:
         accumulation=accumulation,
         ds_config=ds_config,
         dtype=compute_dtype(ds_config),
-        architecture=model.architecture(args.model),
+        architecture=hub.architecture(args.model),
         parameters=model.count_parameters(unet),
         unet_config=unet,
         vae_config=vae,
-        tokens=model.read_config(args.model, "text_encoder").get("max_position_embeddings", 77),
+        tokens=hub.read_config(args.model, "text_encoder").get("max_position_embeddings", 77),
         latent=resolution // factor,
         factor=factor,
         timesteps=timesteps,

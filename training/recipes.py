@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import model
+from system.hub import PRESETS, architecture
 
 PICK = "yuvalkirstain/pickapic_v2"
 # A flag that is None has no meaning for the method (but --vae: the pipeline's own). The tiny
@@ -67,17 +67,17 @@ METHODS, COLUMNS = ("inpo", *BASELINES), ("sdxl", "sd15", "tiny")
 
 def recipe_of(name: str, method: str = "inpo") -> dict[str, Any]:
     """The recipe of a preset, or of the architecture of a folder or hub id (with its own VAE)."""
-    name = next((preset for preset in COLUMNS if model.PRESETS[preset] == name), name)
+    name = next((preset for preset in COLUMNS if PRESETS[preset] == name), name)
     if name in COLUMNS:
         recipe = RECIPES | BASELINES.get(method, {})
         return {flag: values[COLUMNS.index(name)] for flag, values in recipe.items()}
-    return recipe_of(model.architecture(name), method) | {"vae": None}
+    return recipe_of(architecture(name), method) | {"vae": None}
 
 
 def recipe_table() -> str:
     """RECIPES as aligned text, for --help."""
     rows = [("defaults of --model", *COLUMNS)]
-    rows += [("start, reference", model.PRESETS["sdxl"], model.PRESETS["sd15"], "assets/tiny-sdxl")]
+    rows += [("start, reference", PRESETS["sdxl"], PRESETS["sd15"], "assets/tiny-sdxl")]
     for method in METHODS:
         recipe = BASELINES.get(method, RECIPES)
         rows += [()] * (method != "inpo") + [(f"--method {method}",)]
