@@ -60,10 +60,11 @@ import torch.distributed as dist
 
 import model
 import toy
-from evaluation import figures, gallery, scorers, winrate
+from evaluation import figures, gallery, scorers, tables, winrate
 from evaluation.gallery import generate, score
 from evaluation.prompts import PromptSet
 from evaluation.prompts import read as read_prompts
+from evaluation.published import TITLES
 from system import hub, processes
 from system.files import UserError
 from system.processes import print0
@@ -228,7 +229,7 @@ def read_cost(path: str | None) -> dict | None:
     file = (place.parent if place.is_file() else place) / "cost.json"
     try:
         cost = json.loads(file.read_text("utf-8"))
-        winrate.cost_row(cost)
+        tables.cost_row(cost)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -293,8 +294,8 @@ def report(found: dict[str, dict[str, Source]], judged: dict[str, dict], out: Pa
         kept[key] = {"images": shown, "files": files, "scores": scores}
     gallery.write(out / "scores.json", kept)
     gallery.write(out / "results.json", results)
-    gallery.write(out / "table.md", winrate.table(results))
-    print(winrate.table(results))
+    gallery.write(out / "table.md", tables.table(results))
+    print(tables.table(results))
     for key, row in found.items():
         picture(row, results["sets"][key]["prompts"]).save(out / f"{key}.png")
     return results
@@ -341,7 +342,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--limit", type=int, metavar="N",
         help="judge N prompts of each set, evenly spaced (default: all)")
     add("--scorers", nargs="+", metavar="SCORER",
-        help=f"one or more of {', '.join(scorers.SCORERS)} (default: {' '.join(SCORERS[True])} for "
+        help=f"one or more of {', '.join(TITLES)} (default: {' '.join(SCORERS[True])} for "
              f"toy captions, else {' '.join(SCORERS[False])})")
     add("--scorer-folder", type=Path, metavar="FOLDER",
         help="copies of the scorers' hub repositories, as FOLDER/owner/name (default: the hub)")

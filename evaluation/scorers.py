@@ -37,6 +37,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import toy
+from evaluation.published import TOY
 from system.files import UserError
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -320,10 +321,6 @@ SCORERS = {
     "hps-v2.0": functools.partial(hps, file="HPS_v2_compressed.pt"),
     "clip": clip,
 }
-LABELS = "preference", "faithfulness", "Aesthetic", "PickScore", "HPS v2.1", "HPS v2.0", "CLIP"
-TITLES = dict(zip(SCORERS, LABELS, strict=True))  # as printed in a table
-PERCENT = {"faithfulness"}  # 0 or 1 per image: reported as a mean in percent, not as a win rate
-TOY = {"preference", "faithfulness"}  # judge toy captions alone
 
 
 def load(name: str, folder: Path | None = None, device="cpu") -> Callable:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evaluation import figures, winrate
+from evaluation import figures, tables, winrate
 
 # -------------------------------------------------------------------------------------------------
 # Judgements as arrays.
@@ -121,7 +121,7 @@ def compare(wins: list[dict], committed: list[dict], name: str) -> str:
 
 def cell(stats: dict, key: str, unit: float = 100, form: str = ".1f") -> str:
     """`value [low, high] (lowest seed to highest)`."""
-    text = winrate.cell(stats[key], stats["low"], stats["high"], form, unit)
+    text = tables.cell(stats[key], stats["low"], stats["high"], form, unit)
     if len(set(stats["seeds"])) > 1:
         seeds = [unit * value for value in stats["seeds"]]
         text += f" ({min(seeds):{form}} to {max(seeds):{form}})"
@@ -139,7 +139,7 @@ def wins_table(results: Results, columns: dict[str, int]) -> str:
             rows[-1] += [cell(results.wins(a, b, step), "rate"), gain]
     what = "wins, %,", "gain in preference"
     heads = [f"{one} {heading}" for heading in columns for one in what]
-    return winrate.markdown(["model", "against", *heads], rows)
+    return tables.markdown(["model", "against", *heads], rows)
 
 
 def scores_table(results: Results, step: int = -1, variants: list[str] = ()) -> str:
@@ -153,7 +153,7 @@ def scores_table(results: Results, step: int = -1, variants: list[str] = ()) -> 
         row.append(cell(results.mean(name, "faithfulness", step), "mean"))
         rows.append([*row, "0" if base else f"{drift:.5f}"])
     heads = ["wins over base, %", "mean preference", "median", "faithfulness, %", "drift"]
-    return winrate.markdown(["model", *heads], rows)
+    return tables.markdown(["model", *heads], rows)
 
 
 def matched_table(results: Results, variants: list[str]) -> str:
@@ -171,7 +171,7 @@ def matched_table(results: Results, variants: list[str]) -> str:
                 row.append("not measured" if np.isnan(values).any() else text)
         rows.append(row)
     keys = ("preference", "faithfulness, %,")
-    return winrate.markdown(
+    return tables.markdown(
         ["model", *(f"{key} at drift {d:.2g}" for d in levels for key in keys)], rows
     )
 
@@ -188,7 +188,7 @@ def cost_table(costs: dict[str, list[dict]]) -> str:
         rows.append(row)
     unit = "CPU" if costs and next(iter(costs.values()))[0]["device"] == "CPU" else "GPU"
     heads = ["model", "steps", "UNet calls", "FLOPs", "seconds", f"{unit}-hours", "peak GiB"]
-    return winrate.markdown(heads, rows)
+    return tables.markdown(heads, rows)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from PIL import Image, ImageFont
 import evaluate
 import model
 import toy
-from evaluation import figures, gallery, prompts, scorers, winrate
+from evaluation import figures, gallery, prompts, published, scorers
 from system.files import ROOT, UserError
 
 # --------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_manifest_says_which_prompt_and_seed_and_weights_gave_each_image(stub, t
         (e["prompt"], e["seed"]) for e in base["images"]
     ]
     assert kept["files"]["vivid"] == [f"{k:05d}.png" for k in range(36)]
-    assert [len(kept["scores"][m][s]) for m in ("base", "vivid") for s in scorers.TOY] == [36] * 4
+    assert [len(kept["scores"][m][s]) for m in ("base", "vivid") for s in published.TOY] == [36] * 4
 
 
 def test_the_same_seed_gives_the_same_file(stub, tmp_path):
@@ -313,7 +313,7 @@ def test_published_rates_stand_beside_ours_at_full_size_and_of_the_whole_set(stu
     monkeypatch.setattr(scorers, "load", lambda *how: lambda images, texts: [len(t) for t in texts])
     everything = prompts.PromptSet("parti", toy.prompts("heldout"), None)
     monkeypatch.setattr(evaluate, "read_prompts", lambda source: everything)
-    monkeypatch.setitem(winrate.PUBLISHED_PROMPTS, "parti", 18)
+    monkeypatch.setitem(published.PUBLISHED_PROMPTS, "parti", 18)
     clip = "--scorers", "clip", "--seeds", "1"
     run("--prompts", "parti", *clip, models=("base=large", "InPO=large"), out="all")
     assert " (50.55)" in Path("all/table.md").read_text()

@@ -25,6 +25,7 @@ from PIL import Image
 import model
 import toy
 from evaluation import figures, prompts, scorers
+from evaluation.published import TOY
 from system.files import UserError
 from system.processes import is_main, print0, share
 
@@ -142,6 +143,6 @@ class Preview:
     def score(self, images: list[Image.Image]) -> np.ndarray:
         self.judge = self.judge or scorers.load(self.name, self.scorer_folder)  # on the CPU
         scores = np.array(self.judge(images, self.prompts))
-        if self.name in scorers.TOY:
+        if self.name in TOY:
             scores *= [toy.faithfulness(*pair) for pair in zip(images, self.prompts, strict=True)]
         return scores
