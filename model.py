@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -287,6 +288,19 @@ def predict_noise(
         signal = abar[t].reshape(-1, 1, 1, 1)
         out = signal.sqrt() * out + (1 - signal).sqrt() * x.float()
     return out
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A UNet under its conditioning, as the function eps_theta(x, t) that invert.py takes."""
+
+    unet: torch.nn.Module
+    cond: dict
+    abar: Tensor
+    predicts: str = "epsilon"
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return predict_noise(self.unet, x, t, self.cond, self.abar, self.predicts)
 
 
 # -------------------------------------------------------------------------------------------------

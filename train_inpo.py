@@ -1,11 +1,11 @@
 """Align SDXL or SD1.5 with pairs of pictures that people judged, by DDIM-InPO or a baseline.
 
-    deepspeed train_inpo.py --model sdxl                      # every GPU of a node, paper's recipe
-    deepspeed --hostfile hosts train_inpo.py --model sdxl     # many nodes
-    python train_inpo.py --model tiny                         # a laptop without a GPU, minutes
-    deepspeed train_inpo.py --model sd15 --method dpo         # a baseline, by its own recipe
-    deepspeed train_inpo.py --model sdxl --lora-rank 64       # adapters in place of all weights
-    python train_inpo.py --model sdxl --dry-run               # the plan and every check, no more
+    python train_inpo.py --model tiny                                      # a laptop, minutes
+    python train_inpo.py --model sdxl --data PAIRS --dry-run               # the plan, every check
+    deepspeed train_inpo.py --model sdxl --data PAIRS                      # every GPU of a node
+    deepspeed --hostfile hosts train_inpo.py --model sdxl --data PAIRS     # many nodes
+    deepspeed train_inpo.py --model sdxl --data PAIRS --lora-rank 64       # adapters alone
+    deepspeed train_inpo.py --model sd15 --data PAIRS --method dpo         # a baseline
 
 The same command again resumes. InPO is Lu et al., CVPR 2025, arXiv 2503.18454; Steps 1 and 2 are in
 invert.py, Step 3 in loss.py. A method is a latent source and an objective, no more:
@@ -25,147 +25,73 @@ Where the job departs from the released scripts, and why:
    number of ranks as long as --micro-batch x ranks stays the same.
 3. AdamW for SDXL too. Under ZeRO, Adafactor would see flat partitions: another algorithm than the
    published one.
-4. Warm-up counts optimizer steps, whatever the number of processes, and its first step moves.
-5. Errors, logits and the inversion's state are fp32, and so is the accumulation of gradients.
-6. KTO takes both images of every pair, at one t, weighted 80 : 20 for winner and loser, and so is
+4. The UNets are in bf16 (or fp16) with fp32 master weights. The script trains fp32 weights under
+   fp16 autocast. Errors are fp32 in both; here gradients are accumulated in fp32, too.
+5. KTO takes both images of every pair, at one t, weighted 80 : 20 for winner and loser, and so is
    the mean of its reference point. The released script draws single images, 80 % of them liked,
-   each at its own t, and an image that has ever won a pair is only ever liked: another population.
+   each at its own t, and an image that has ever won a pair is only ever liked. Its launch file
+   takes 8-bit Adam.
 """
 
+from system.program import reported
+from training.flags import parse
+
+if __name__ == "__main__":  # --help and wrong flags are answered before the seconds of imports
+    with reported("train_inpo.py"):
+        parse(__doc__)
+
 import copy
-import functools
 from argparse import Namespace
+from functools import partial
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 import data
 import model
-from invert import add_noise, ddim_invert, randn_like
-from loss import dpo_loss, inpo_loss, kto_loss, squared_error
+from loss import inpo_loss, kto_loss, sft_loss, squared_error
+from model import Denoiser
 from system import processes
-from system.program import reported
-from training import card, guard, lora, plan, run
-
-# -------------------------------------------------------------------------------------------------
-# Randomness as a function of (seed, place in the run).
-
-STRATUM, TIME, NOISE = 101, 102, 103  # keep the random streams of one seed apart
-
-
-def stratum(seed: int, micro_step: int, cells: int) -> int:
-    """The cell of the grid that all pairs of a micro-step share, on every rank.
-
-    Each cycle of `cells` micro-steps visits every cell once, in a random order."""
-    cycle, place = divmod(micro_step, cells)
-    return int(np.random.default_rng([seed, STRATUM, cycle]).permutation(cells)[place])
-
-
-def draw_timesteps(seed: int, cell: int, numbers, cells: int, timesteps: int) -> torch.Tensor:
-    """t uniform in a cell of 0..timesteps-1, (P,) int64, for the pairs of these numbers (P)."""
-    width = timesteps // cells
-    drawn = [np.random.default_rng([seed, TIME, int(n)]).integers(width) for n in numbers]
-    return cell * width + torch.tensor(drawn, dtype=torch.int64)
-
-
-def generators(seed: int, numbers) -> list[torch.Generator]:
-    """One per image, winners first; on the CPU, so that every device draws the same."""
-    streams = [
-        np.random.default_rng([seed, NOISE, side, int(n)]) for side in (0, 1) for n in numbers
-    ]
-    return [torch.Generator().manual_seed(int(stream.integers(2**63))) for stream in streams]
-
-
-# -------------------------------------------------------------------------------------------------
-# A method is a latent source and an objective.
-
-
-def latents(args: Namespace, policy, frozen, x0, t, abar, noise) -> tuple[torch.Tensor, ...]:
-    """(xt, tau): the images at t and the noise that explains them.
-
-    InPO: inversion, by the policy. The others: forward noise, for DPO the same on both images of a
-    pair. policy, frozen: eps_fn(x, t). noise: a generator per image."""
-    if args.method == "inpo":
-        walker = policy if args.inverter == "policy" else frozen
-        return ddim_invert(walker, x0, t, abar, args.inversion_steps, args.eta, noise)
-    tau = randn_like(x0, noise)
-    if args.method == "dpo":
-        tau = tau.chunk(2)[0].repeat(2, 1, 1, 1)
-    return add_noise(x0, tau, abar[t]), tau
-
-
-def objective(args: Namespace, err, err_ref) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(losses, diagnostics) of the errors of a micro-step, winners first; SFT has winners alone."""
-    if args.method == "sft":
-        return err, {"err_winner": err.detach().mean()}
-    if args.method == "kto":
-        liked, disliked = 2 * args.liked_share, 2 * (1 - args.liked_share)  # their mean is 1
-        kl = reference_point(err_ref - err, liked, disliked)
-        return kto_loss(err, err_ref, args.beta, None, kl, liked, disliked)
-    return (inpo_loss if args.method == "inpo" else dpo_loss)(err, err_ref, args.beta)
-
-
-def reference_point(g: torch.Tensor, liked: float, disliked: float) -> torch.Tensor:
-    """KTO's kl: the weighted mean of g = err_ref - err over the images of all ranks, at least 0."""
-    winner, loser = g.detach().chunk(2)
-    kl = (liked * winner + disliked * loser).mean() / 2
-    dist.all_reduce(kl)
-    return (kl / dist.get_world_size()).clamp(min=0)
-
+from training import card, folder, guard, lora
+from training.latents import draw_timesteps, generators, latents
+from training.plan import Plan, asked, check, describe
+from training.run import Run
 
 # -------------------------------------------------------------------------------------------------
 # The job.
 
 
-def train(args: Namespace, todo: plan.Plan, stop: processes.Stop):
-    pipeline = load_start(args, todo.dtype)
-    found = {"data_fingerprint": todo.fingerprint, "start_identity": model.identity(pipeline)}
-    asked, adapters = plan.asked(args), plan.trains_adapters(args)
-    facts = card.facts(args, asked, adapters, len(todo.pairs), todo.world)
-    job = run.Run(args, asked | found, facts, guard.limit(todo.ds_config), stop)
-    engine, reference = start_engine(pipeline.unet, args, todo.ds_config)
+def train(args: Namespace, plan: Plan, stop: processes.Stop):
+    pipeline = lora.load_start(args, plan.dtype)
+    run = Run(args, plan, pipeline, stop)
+    engine, reference = start_engine(pipeline.unet, args, plan.ds_config)
     pipeline.register_modules(unet=engine.module)
     pipeline.to(engine.device)
     abar = model.alphas_cumprod(pipeline).to(engine.device)
-    predict = functools.partial(
-        model.predict_noise, abar=abar, prediction_type=pipeline.scheduler.config.prediction_type
-    )
-
-    begun = functools.partial(load_start, args, torch.float32)
-    start = job.resume(engine, begun)
-    pairs = data.Pairs(
-        todo.pairs, todo.resolution, args.seed, args.crop, args.flip, args.caption_dropout
-    )
-    batches = iter(
-        data.loader(
-            pairs, start, args.steps, dist.get_rank(), todo.world, args.micro_batch,
-            todo.accumulation, args.workers,
-        )
-    )  # fmt: skip
-    job.show(engine, pipeline, start)  # of a resumed run once more: the kill may have come before
+    predicts = pipeline.scheduler.config.prediction_type
+    images, at_once = plan.images_per_pair, plan.world * args.micro_batch
+    start = run.resume(engine)
+    batches = read_batches(args, plan, start)
+    run.show(engine, pipeline, start)  # of a resumed run again: the kill may have come before
 
     for step in range(start, args.steps):
-        lr = engine.get_lr()[0]
-        for micro in range(todo.accumulation):
-            job.stop_if_asked(engine, step)
+        for _ in range(plan.accumulation):
+            run.stop_if_asked(engine, step)
 
             # 1. Draw pairs; winner and loser share the prompt and the timestep.
             batch = next(batches)
-            images = todo.sides * args.micro_batch
-            noise = generators(args.seed, batch["n"])[:images]
-            x0 = model.encode_images(pipeline, batch["pixels"][:images], noise)
-            cond = model.encode_prompts(pipeline, batch["captions"], todo.resolution)
-            cond = model.repeat(cond, todo.sides)
-            cell = stratum(args.seed, step * todo.accumulation + micro, todo.strata)
-            t = draw_timesteps(args.seed, cell, batch["n"], todo.strata, todo.timesteps)
-            t = t.repeat(todo.sides).to(engine.device)
+            noise = generators(args.seed, batch["n"])[: images * args.micro_batch]
+            x0 = model.encode_images(pipeline, batch["pixels"][: len(noise)], noise)
+            cond = model.encode_prompts(pipeline, batch["captions"], plan.resolution)
+            cond = model.repeat(cond, images)
+            t = draw_timesteps(args.seed, batch["n"], at_once, plan.strata, plan.timesteps)
+            t = t.repeat(images).to(engine.device)
 
             # 2. Invert x0 -> xt with the policy (baselines: add noise); tau explains xt.
-            policy = functools.partial(predict, engine, cond=cond)
-            frozen = functools.partial(torch.no_grad()(predict), reference, cond=cond)
+            policy = Denoiser(engine, cond, abar, predicts)
+            frozen = torch.no_grad()(Denoiser(reference, cond, abar, predicts))
             xt, tau = latents(args, policy, frozen, x0, t, abar, noise)
 
             # 3. Score that noise under reference and policy.
@@ -178,31 +104,43 @@ def train(args: Namespace, todo: plan.Plan, stop: processes.Stop):
             # 5. Backward; the engine steps at the accumulation boundary.
             engine.backward(losses.mean())
             engine.step()
-            job.note(batch, t, losses, err, err_ref, diagnostics)
-
-        job.log(engine, step, lr)
-        if run.due(step + 1, args.checkpoint_every, args.steps):
-            job.save(engine, step + 1)
-        job.show(engine, pipeline, step + 1)
-
-    job.finish(engine, begun, functools.partial(work, args, todo))
+            run.note(batch, t, losses, err, err_ref, diagnostics)
+        run.log(engine, step)
+        run.save_if_due(engine, step + 1)
+        run.show(engine, pipeline, step + 1)
+    run.finish(engine)
 
 
-def load_start(args: Namespace, dtype: torch.dtype):
-    """The pipeline that training starts from; of a LoRA run its UNet has the adapters.
+def objective(args: Namespace, err, err_ref) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(losses, diagnostics) of the errors of a micro-step, winners first; SFT has winners alone."""
+    if args.method == "sft":
+        return sft_loss(err), {"err_winner": err.detach().mean()}
+    if args.method == "kto":
+        liked, disliked = 2 * args.liked_share, 2 * (1 - args.liked_share)  # their mean is 1
+        kl = reference_point(err_ref - err, liked, disliked)
+        return kto_loss(err, err_ref, args.beta, None, kl, liked, disliked)
+    return inpo_loss(err, err_ref, args.beta)  # of Diffusion-DPO, too
 
-    In half precision the UNet's weights are those in fp32, rounded once: what the policy's fp32
-    master weights round to while they have not moved, and what the reference stays."""
-    pipeline = model.load_pipeline(args.model, args.unet, args.vae, dtype)
-    if args.lora and args.lora_start == "merge":
-        model.fuse_lora(pipeline, args.lora)
-    elif args.lora:
-        lora.adopt(pipeline, args.lora)
-    if args.lora_rank:
-        lora.attach(pipeline.unet, args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
-    if args.lora and args.lora_start == "merge" and dtype != torch.float32:  # or round it twice
-        pipeline.unet.load_state_dict(load_start(args, torch.float32).unet.state_dict())
-    return pipeline
+
+def reference_point(g: torch.Tensor, liked: float, disliked: float) -> torch.Tensor:
+    """KTO's kl: the weighted mean of g = err_ref - err over the images of all ranks, at least 0."""
+    winner, loser = g.detach().chunk(2)
+    kl = (liked * winner + disliked * loser).mean() / 2
+    dist.all_reduce(kl)
+    return (kl / dist.get_world_size()).clamp(min=0)
+
+
+def read_batches(args: Namespace, plan: Plan, start: int):
+    """The batches of this rank from step `start` to the end."""
+    pairs = data.Pairs(
+        plan.pairs, plan.resolution, args.seed, args.crop, args.flip, args.caption_dropout
+    )
+    return iter(
+        data.loader(
+            pairs, start, args.steps, dist.get_rank(), plan.world, args.micro_batch,
+            plan.accumulation, args.workers,
+        )
+    )  # fmt: skip
 
 
 def start_engine(unet: torch.nn.Module, args: Namespace, ds_config: dict):
@@ -210,7 +148,7 @@ def start_engine(unet: torch.nn.Module, args: Namespace, ds_config: dict):
 
     The reference is a copy of the UNet, under ZeRO-3 sharded as well; for LoRA the policy itself
     without its adapters. SFT has none."""
-    adapters = plan.trains_adapters(args)
+    adapters = lora.trains_adapters(args)
     reference = None if adapters or args.method == "sft" else copy.deepcopy(unet)
     if not adapters:
         unet.requires_grad_(True)
@@ -224,7 +162,7 @@ def start_engine(unet: torch.nn.Module, args: Namespace, ds_config: dict):
             optimizer, lambda step: min(1.0, (step + 1) / max(1, args.warmup))
         ),
     )
-    guard.arm(engine)
+    guard.skip_nonfinite_steps(engine)
     if args.method == "sft":
         return engine, None
     if adapters:
@@ -239,39 +177,25 @@ def start_engine(unet: torch.nn.Module, args: Namespace, ds_config: dict):
 # Around the job.
 
 
-def work(args: Namespace, todo: plan.Plan) -> dict:
-    """What the run had to do, counted, over all ranks."""
-    cells = (stratum(args.seed, m, todo.strata) for m in range(args.steps * todo.accumulation))
-    inversion = 0 if args.method != "inpo" else np.mean([cell + 1 for cell in cells])
-    calls, flops = plan.work(args, todo, inversion)
-    done = {"method": args.method, "steps": args.steps, "pairs": args.steps * args.batch}
-    return done | {"unet_calls": round(calls), "flops": flops}
-
-
 def main(argv: list[str] | None = None):
     with reported("train_inpo.py"):
-        args = plan.parse(__doc__, argv)
+        args = parse(__doc__, argv)
         processes.join()
-        todo = processes.together(lambda: plan.check(args))
-        processes.agree(
-            plan.asked(args) | {"data": todo.fingerprint, "code": processes.code_version()}
-        )
+        plan = processes.together(lambda: check(args))
+        processes.agree(asked(args) | {"data": plan.fingerprint, "code": processes.code_version()})
     if processes.is_main():
-        print(plan.describe(args, todo), flush=True)
+        print(describe(args, plan), flush=True)
     if args.dry_run:
         return
-    if run.finished(args.out, args.steps):
+    if folder.finished(args.out, args.steps):
         processes.print0(
             f"{args.out} has finished its {args.steps} steps; more --steps would continue it."
         )
         return
     model.quiet()
-    with (
-        reported("train_inpo.py", every_rank=True),
-        run.alone(args.out),
-        processes.Stop() as stop,
-    ):
-        train(args, todo, stop)
+    with reported("train_inpo.py", every_rank=True), folder.alone(args.out):
+        with processes.Stop() as stop:
+            train(args, plan, stop)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ from lab import report
 from system import hub
 from system.files import ROOT, UserError
 from system.program import HelpFormatter
-from training import cost, plan, run
+from training import cost, run
+from training.flags import parse
+from training.recipes import recipe_of
 
 CORES = len(os.sched_getaffinity(0))
 STEPS, GUIDANCE = 15, 2.0  # of sampling
@@ -108,7 +110,7 @@ def tune_study() -> Study:
 
 def ablation_study() -> Study:
     """InPO's recipe with one thing changed at a time, 60 steps each."""
-    recipe = plan.recipe_of("tiny", "inpo")
+    recipe = recipe_of("tiny", "inpo")
     same = " ".join(f"--{flag} {recipe[flag]}" for flag in ("lr", "beta", "warmup", "batch"))
     variants = [("", "recipe", "--method inpo")]
     heading = "Inversion or random noise"
@@ -199,7 +201,7 @@ class Job:
     folder: Path
 
     def calls_per_step(self) -> float:
-        asked = plan.parse("", self.commands()[0][1:])
+        asked = parse("", self.commands()[0][1:])
         inversion = ((asked.inversion_steps or 0) + 1) / 2  # the mean of 1..steps
         sides = 1 if asked.method == "sft" else 2
         return asked.batch * sides * cost.calls_per_image(asked.method, inversion)

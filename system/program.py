@@ -19,6 +19,24 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser of flags, whose errors are printed once a node however many ranks there are."""
+
+    def __init__(self, prog: str, description: str | None = None, **options):
+        options = {"formatter_class": HelpFormatter} | options
+        super().__init__(prog, description=description, **options)
+
+    def error(self, message: str):
+        leave(2, f"{self.prog}: error: {message}")
+
+
+def leave(code: int, said: str, every_rank: bool = False):
+    """Print a last line, once a node or on every rank, and exit."""
+    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(said, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
 @contextlib.contextmanager
 def reported(program: str, every_rank: bool = False) -> Iterator[None]:
     """End the program in one sentence: exit code 2 for a UserError, 1 where another rank is gone,
@@ -29,19 +47,15 @@ def reported(program: str, every_rank: bool = False) -> Iterator[None]:
     rank = f"rank {os.environ.get('RANK', '0')}: "
     try:
         yield
-        return
     except UserError as error:
-        code, said = 2, f"{program}: error: {rank * every_rank}{error}"
+        who = rank if every_rank else ""
+        leave(2, f"{program}: error: {who}{error}", every_rank)
     except RuntimeError as error:
         if not lost_peer(error):
             raise
-        every_rank, code = True, 1
-        said = f"{program}: error: {rank}another rank is gone; the same command continues."
+        leave(1, f"{program}: error: {rank}another rank is gone; the same command resumes.", True)
     except KeyboardInterrupt:
-        code, said = 130, f"\n{program}: interrupted; the same command continues."
-    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(said, file=sys.stderr, flush=True)
-    sys.exit(code)
+        leave(130, f"\n{program}: interrupted; the same command resumes.")
 
 
 LOST = (

@@ -9,8 +9,9 @@ import torch
 from torch.func import functional_call
 
 import data
-import train_inpo
-from training import lora, plan
+from training import lora
+from training.flags import parse
+from training.latents import draw_timesteps, generators
 
 
 def start(args) -> tuple:
@@ -32,7 +33,7 @@ def start(args) -> tuple:
 
 def steps(argv: list[str], accumulation: int = 2) -> tuple[dict[str, torch.Tensor], list[float]]:
     """The UNet's weights, B A added, and the losses that train_inpo.py should give."""
-    args = plan.parse("", argv)
+    args = parse("", argv)
     pipe, frozen, factors, scale = start(args)
     abar, unet = pipe.scheduler.alphas_cumprod, pipe.unet
     trained = [w for pair in factors.values() for w in pair] or list(
@@ -62,18 +63,15 @@ def steps(argv: list[str], accumulation: int = 2) -> tuple[dict[str, torch.Tenso
         losses.append(0)
         for n in range(step * args.batch, (step + 1) * args.batch):
             item, now = items[n], policy()
-            micro = step * accumulation + (n % args.batch) // (args.batch // accumulation)
-            cell = train_inpo.stratum(args.seed, micro, args.inversion_steps)
-            t = train_inpo.draw_timesteps(args.seed, cell, [n], args.inversion_steps, 1000)
+            at_once = args.batch // accumulation
+            t = draw_timesteps(args.seed, [n], at_once, args.inversion_steps, 1000)
             text, _, pooled, _ = pipe.encode_prompt(
                 item["caption"], do_classifier_free_guidance=False
             )
             keep = float(item["caption"] != "")
             added = {"text_embeds": pooled * keep, "time_ids": size[None]}
             given, errors = {"added_cond_kwargs": added}, []
-            for side, noise in zip(
-                ("winner", "loser"), train_inpo.generators(args.seed, [n]), strict=True
-            ):
+            for side, noise in zip(("winner", "loser"), generators(args.seed, [n]), strict=True):
                 posterior = pipe.vae.encode(item[side][None]).latent_dist
                 draw = torch.randn(1, 4, 8, 8, generator=noise)
                 x0 = (posterior.mean + posterior.std * draw).detach()

@@ -22,6 +22,9 @@ import model
 import train_inpo
 from loss import kto_loss
 from training import plan, run
+from training.flags import parse
+from training.latents import draw_timesteps, generators
+from training.recipes import recipe_of
 
 METHODS = ("inpo", "dpo", "kto", "sft")
 NOISE = ("dpo", "kto", "sft")  # methods of forward noise
@@ -52,7 +55,7 @@ class ByHand:
     ranks: of the run. kl_ranks: how many of them share KTO's reference point; it must be all."""
 
     def __init__(self, argv: list[str], ranks: int = 1, kl_ranks: int | None = None):
-        self.args = args = plan.parse("", argv)
+        self.args = args = parse("", argv)
         self.pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(args.model)
         self.policy, self.reference = self.pipe.unet, copy.deepcopy(self.pipe.unet)
         self.abar = self.pipe.scheduler.alphas_cumprod
@@ -69,7 +72,7 @@ class ByHand:
             adamw.zero_grad()
             self.losses.append(0)
             for first in range(step * args.batch, (step + 1) * args.batch, together):
-                errors = [self.errors(n, n // micro) for n in range(first, first + together)]
+                errors = [self.errors(n, micro) for n in range(first, first + together)]
                 loss = sum(self.pair_losses(errors)) / args.batch
                 loss.backward()
                 self.losses[-1] += loss.item()
@@ -78,12 +81,11 @@ class ByHand:
             adamw.step()
             self.weights.append(copy.deepcopy(self.policy.state_dict()))
 
-    def errors(self, n: int, micro_step: int) -> list[tuple]:
+    def errors(self, n: int, at_once: int) -> list[tuple]:
         """(err, err_ref) of winner and loser of pair n; for SFT of the winner alone."""
         args, pair = self.args, self.pairs[n]
         cells = args.inversion_steps or args.strata
-        cell = train_inpo.stratum(args.seed, micro_step, cells)
-        t = train_inpo.draw_timesteps(args.seed, cell, [n], cells, 1000)
+        t = draw_timesteps(args.seed, [n], at_once, cells, 1000)
         text, _, pooled, _ = self.pipe.encode_prompt(
             pair["caption"], do_classifier_free_guidance=False
         )
@@ -95,9 +97,7 @@ class ByHand:
             return unet(x, t, text * keep, added_cond_kwargs=added).sample
 
         noises, errors, err_ref = [], [], None
-        for side, generator in zip(
-            ("winner", "loser"), train_inpo.generators(args.seed, [n]), strict=True
-        ):
+        for side, generator in zip(("winner", "loser"), generators(args.seed, [n]), strict=True):
             with torch.no_grad():
                 posterior = self.pipe.vae.encode(pair[side][None]).latent_dist
                 drawn = torch.randn(1, 4, 8, 8, generator=generator)
@@ -373,11 +373,7 @@ def test_the_reference_inverts_both_images_where_it_is_asked_to(runs):
 
 
 def test_without_strata_t_is_uniform_pair_by_pair():
-    drawn = []
-    for m in range(1250):
-        cell, numbers = train_inpo.stratum(0, m, 1), range(8 * m, 8 * m + 8)
-        drawn.append(train_inpo.draw_timesteps(0, cell, numbers, 1, 1000))
-    t = torch.cat(drawn)
+    t = draw_timesteps(0, range(10_000), 8, 1, 1000)
     assert t.min() == 0 and t.max() == 999
     counts = torch.bincount(t // 20, minlength=50).float()
     assert 22 < ((counts - 200) ** 2 / 200).sum() < 86  # chi-squared, 49 degrees, 0.1 % to 99.9 %
@@ -402,24 +398,22 @@ def test_without_strata_t_is_uniform_pair_by_pair():
     ],
 )
 def test_defaults_are_the_published_recipes(preset, method, steps, batch, lr, warmup, beta):
-    recipe = plan.recipe_of(preset, method)
+    recipe = recipe_of(preset, method)
     numbers = [recipe[flag] for flag in ("steps", "batch", "lr", "warmup", "beta")]
     assert numbers == [steps, batch, lr, warmup, beta]
     assert recipe["caption_dropout"] == 0.2 and recipe["data"] == "yuvalkirstain/pickapic_v2"
     assert recipe["liked_share"] == (0.8 if method == "kto" else None)
     inversion = [recipe[flag] for flag in ("inversion_steps", "eta", "inverter", "strata")]
     assert inversion == ([10, 0.1, "policy", None] if method == "inpo" else [None, None, None, 1])
-    args = plan.parse("", [f"--model={preset}", f"--method={method}"])
+    args = parse("", [f"--model={preset}", f"--method={method}"])
     assert {flag: getattr(args, flag) for flag in recipe} == recipe
 
 
 def test_out_is_named_after_model_and_method():
     for method in METHODS:
-        assert plan.parse("", ["--model=sd15", f"--method={method}"]).out == Path(
-            f"out/sd15-{method}"
-        )
-    assert plan.parse("", ["--model=sd15"]).out == Path("out/sd15-inpo")
-    assert plan.parse("", ["--method=dpo", "--out=there"]).out == Path("there")
+        assert parse("", ["--model=sd15", f"--method={method}"]).out == Path(f"out/sd15-{method}")
+    assert parse("", ["--model=sd15"]).out == Path("out/sd15-inpo")
+    assert parse("", ["--method=dpo", "--out=there"]).out == Path("there")
 
 
 def test_help_names_every_method_and_its_recipe(capsys):
@@ -544,14 +538,14 @@ def test_cost_does_not_depend_on_the_number_of_ranks(method, argv, checkpoint, m
     work = []
     for ranks in (1, 2):
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
-        args = plan.parse("", argv(**flags_of(method), steps=7, micro_batch=2 // ranks))
+        args = parse("", argv(**flags_of(method), steps=7, micro_batch=2 // ranks))
         work.append(train_inpo.work(args, plan.check(args)))
     assert work[0] == work[1] and work[0]["unet_calls"] > 0
 
 
 def test_flops_are_those_of_the_resolution_that_was_trained(argv, checkpoint, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    args = plan.parse("", argv(method="dpo", resolution=32))
+    args = parse("", argv(method="dpo", resolution=32))
     work = train_inpo.work(args, plan.check(args))
     assert work["flops"] == pytest.approx(2 * 8 * 4 * flops_of_a_call(args.model, size=16))
 

@@ -16,7 +16,8 @@ import model
 import train_inpo
 from lab import bench
 from system.files import UserError
-from training import card, memory, plan
+from training import card, lora, memory, plan
+from training.flags import parse
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -45,7 +46,7 @@ def published(tmp_path):
 
 def planned(argv: list[str]) -> dict[str, str]:
     """The words of the plan by the name of their line, that of the warning is ""."""
-    args = plan.parse("", argv)
+    args = parse("", argv)
     lines = plan.describe(args, plan.check(args)).splitlines()
     words = {line[2:14].strip(): line[14:] for line in lines if line.startswith("  ")}
     return words | {"": "".join(x for x in lines if not x.startswith("  "))}
@@ -54,9 +55,9 @@ def planned(argv: list[str]) -> dict[str, str]:
 def test_a_dry_run_copies_no_data(argv, monkeypatch, tmp_path):
     """It reads parquet where it lies: of Pick-a-Pic the copy would take 335 GB."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    dry = plan.check(plan.parse("", [*argv(), "--dry-run"]))
+    dry = plan.check(parse("", [*argv(), "--dry-run"]))
     assert not (tmp_path / "cache").exists()
-    wet = plan.check(plan.parse("", argv()))
+    wet = plan.check(parse("", argv()))
     assert any((tmp_path / "cache").rglob("*.arrow"))
     assert (len(dry.pairs), dry.fingerprint) == (len(wet.pairs), wet.fingerprint)
 
@@ -77,7 +78,7 @@ def test_a_dry_run_copies_no_data(argv, monkeypatch, tmp_path):
 def test_the_vae_is_counted_in_the_dtype_that_it_is_loaded_in(
     kind, config, dtype, expected, published, argv, checkpoint, tmp_path
 ):
-    todo = plan.check(plan.parse("", argv(model=published(kind, **config))))
+    todo = plan.check(parse("", argv(model=published(kind, **config))))
     folder = shutil.copytree(checkpoint(kind), tmp_path / "model")
     file = folder / "vae" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
@@ -91,7 +92,7 @@ def parts_of(words: str) -> dict[str, float]:
 
 def test_memory_is_that_of_a_gpu_with_the_encoders_of_any_folder_and_the_vae(published, argv):
     flags = {"lora_rank": 4, "micro_batch": 1, "ds_config": "configs/zero1.json", "sample_every": 1}
-    args = plan.parse("", argv(model=published("sdxl"), **flags))
+    args = parse("", argv(model=published("sdxl"), **flags))
     own = plan.gpu_memory(args, plan.check(args))
     assert own.startswith("about ") and " GiB a GPU, bfloat16: " in own  # here is none
     published("sdxl", force_upcast=False)  # in its place
@@ -151,7 +152,7 @@ def test_disk_is_what_a_run_leaves(stage, half, rank, argv, ds_config, tmp_path,
         monkeypatch.setattr(plan, "get_accelerator", lambda: gpu)
     flags = {"lora_rank": rank, "checkpoint_every": 1, "export_every": 1, "keep": 1}
     command = argv(ds_config=ds_config(stage), lr=1e-4, **flags)
-    args = plan.parse("", command)
+    args = parse("", command)
     parts = plan.disk(args, plan.check(args))
     assert [key.split(" of ")[0].split(",")[0] for key in parts] == [
         "2 checkpoint(s)", "2 export(s)", "the aligned model",
@@ -167,7 +168,7 @@ def test_disk_is_what_a_run_leaves(stage, half, rank, argv, ds_config, tmp_path,
 
 def test_the_published_sizes_of_disk(published, argv):
     flags = {"checkpoint_every": 50, "steps": 400, "export_every": 100, "keep_every": 100}
-    args = plan.parse("", argv(model=published("sdxl"), **flags))
+    args = parse("", argv(model=published("sdxl"), **flags))
     todo = plan.check(args)
     unet, whole = 4 * 2_567_463_684, 4 * (2_567_463_684 + 83_653_863 + 123_060_480 + 694_659_840)
     found = memory.disk(args, todo.parameters, whole // 4 - unet // 4, BF16, 2)
@@ -187,7 +188,7 @@ def test_a_disk_that_is_too_small_is_a_warning_that_counts_what_the_run_has(
     command, out = argv(checkpoint_every=1), tmp_path / "run"
     words = planned(command)
     assert words[""] == "" and words["disk"].endswith(" free")
-    args = plan.parse("", command)
+    args = parse("", command)
     most = sum(plan.disk(args, plan.check(args)).values())
     usage = SimpleNamespace(free=most - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -219,19 +220,19 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would(
 ):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises(UserError, match=f"; give {re.escape(fixes)}") as error:
-        plan.check(plan.parse("", argv(**flags)))
+        plan.check(parse("", argv(**flags)))
     for words in re.findall(r"--(?:micro-)?batch \d+", str(error.value).split("give")[1]):
-        plan.check(plan.parse("", [*argv(**flags), *words.split()]))
+        plan.check(parse("", [*argv(**flags), *words.split()]))
     if fewer := re.search(r"--num_gpus (\d)", str(error.value)):
         monkeypatch.setenv("WORLD_SIZE", fewer[1])
-        plan.check(plan.parse("", argv(**flags)))
+        plan.check(parse("", argv(**flags)))
 
 
 @pytest.mark.parametrize("size", [None, [128, 128]])
 def test_a_unet_that_does_not_tell_its_size_is_refused(size, published, argv):
     file = published("sdxl") / "unet" / "config.json"
     file.write_text(json.dumps(bench.SDXL | {"sample_size": size}))
-    args = plan.parse("", argv(model=file.parent.parent, resolution=1024))
+    args = parse("", argv(model=file.parent.parent, resolution=1024))
     with pytest.raises(UserError, match=f"sample_size in its UNet's config.json is .*{size}"):
         plan.check(args)
 
@@ -241,8 +242,8 @@ def test_a_unet_that_does_not_tell_its_size_is_refused(size, published, argv):
 
 
 def card_of(argv: list[str]) -> dict:
-    args = plan.parse("", argv)
-    return card.facts(args, plan.asked(args), plan.trains_adapters(args), 24, 1)
+    args = parse("", argv)
+    return card.facts(args, plan.asked(args), lora.trains_adapters(args), 24, 1)
 
 
 def test_the_card_names_the_unet_that_training_started_from(argv, checkpoint, tmp_path):

@@ -41,7 +41,7 @@ def drawn(monkeypatch, tmp_path):
     (tmp_path / "run" / "samples").mkdir(parents=True)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     args = Namespace(
-        out=tmp_path / "run", guidance=3.0, micro_batch=2, judge="clip", scorers=None,
+        out=tmp_path / "run", guidance=3.0, micro_batch=2, judge="clip", scorer_folder=None,
         sample_prompts=str(tmp_path / "prompts.txt"), data="pairs.parquet",
     )  # fmt: skip
     monkeypatch.setattr(scorers, "load", lambda name, folder: brightness)
@@ -140,7 +140,7 @@ def test_pictures_that_were_off_at_first_are_not_judged(drawn):
 def test_a_toy_picture_that_does_not_show_its_caption_counts_0(tmp_path):
     captions = toy.prompts("heldout")[:2]
     args = Namespace(
-        out=tmp_path, guidance=2.0, micro_batch=2, judge="preference", scorers=None,
+        out=tmp_path, guidance=2.0, micro_batch=2, judge="preference", scorer_folder=None,
         sample_prompts=None, data="toy",
     )  # fmt: skip
     one = preview.Preview(args)
@@ -222,7 +222,7 @@ def test_other_ranks_write_nothing_and_take_rank_0s_answer(drawn, monkeypatch):
 
 def test_a_kill_at_any_instant_leaves_best_as_best_json_says_or_no_best_json(tmp_path, monkeypatch):
     args = Namespace(
-        out=tmp_path, guidance=1.0, micro_batch=1, judge="clip", scorers=None, sample_prompts=None,
+        out=tmp_path, guidance=1.0, micro_batch=1, judge="clip", scorer_folder=None, sample_prompts=None,
         data="pairs",
     )  # fmt: skip
     one, left = preview.Preview(args), []

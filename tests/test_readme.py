@@ -11,6 +11,7 @@ import loss
 from invert import ddim_invert
 from system.files import ROOT
 from training import export, plan
+from training.flags import parse
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
@@ -32,7 +33,7 @@ def test_commands_of_the_job_are_understood_and_their_batches_fit_a_node_of_eigh
     assert len(commands) >= 2
     for words in commands:
         launcher = words[: words.index("train_inpo.py")]
-        args = plan.parse("", words[len(launcher) + 1 :])
+        args = parse("", words[len(launcher) + 1 :])
         plan.read_ds_config(args.ds_config)
         ranks = 1 if "python" in launcher else 2 * 8 if "--hostfile" in launcher else 8
         if "--num_gpus" in launcher:

@@ -13,6 +13,7 @@ from evaluation import figures
 from lab import report, study
 from system.files import UserError
 from training import plan
+from training.flags import parse
 
 PROMPTS = toy.prompts("heldout")
 
@@ -27,7 +28,7 @@ def test_commands_of_a_study_are_understood_and_folders_differ(name, tmp_path):
     assert len({job.folder for job in jobs}) == len(jobs)
     for job in jobs[1:]:
         words = job.commands()[0]
-        args = plan.parse("", words[1:])
+        args = parse("", words[1:])
         assert (args.model, args.method, args.seed) == ("tiny", job.variant.method, job.seed)
         exported = {*range(0, args.steps, args.export_every), args.steps} - {0}
         assert args.steps == max(job.judged()) and exported >= set(job.judged())
@@ -51,9 +52,9 @@ def test_each_method_is_tuned_with_as_many_runs_at_least_as_inpo_on_an_unused_se
 
 
 def test_ablation_changes_one_thing_at_a_time():
-    recipe = vars(plan.parse("", ["--model", "tiny"]))
+    recipe = vars(parse("", ["--model", "tiny"]))
     for variant in study.ablation_study().variants:
-        asked = vars(plan.parse("", ["--model", "tiny", *variant.flags.split()]))
+        asked = vars(parse("", ["--model", "tiny", *variant.flags.split()]))
         differ = {key for key in recipe if asked[key] != recipe[key]} - {"out"}
         if variant.name == "random noise":
             assert differ == {"method", "inversion_steps", "eta", "inverter", "strata"}

@@ -31,6 +31,8 @@ import train_inpo
 from system import processes
 from system.files import ROOT, UserError
 from training import lora, plan, run
+from training.flags import parse
+from training.latents import draw_timesteps, generators, stratum
 
 
 def metrics(out) -> list[dict]:
@@ -126,21 +128,14 @@ def test_a_finished_run_is_left_alone(argv, tmp_path, capsys):
 
 def test_each_cycle_of_micro_steps_visits_every_cell_once():
     for cycle in range(20):
-        cells = [train_inpo.stratum(3, cycle * 10 + i, 10) for i in range(10)]
+        cells = [stratum(3, cycle * 10 + i, 10) for i in range(10)]
         assert sorted(cells) == list(range(10))
-    orders = {tuple(train_inpo.stratum(3, c * 10 + i, 10) for i in range(10)) for c in range(20)}
+    orders = {tuple(stratum(3, c * 10 + i, 10) for i in range(10)) for c in range(20)}
     assert len(orders) == 20
 
 
 def test_the_marginal_of_t_is_uniform():
-    t = torch.cat(
-        [
-            train_inpo.draw_timesteps(
-                0, train_inpo.stratum(0, m, 10), range(8 * m, 8 * m + 8), 10, 1000
-            )
-            for m in range(1250)
-        ]
-    )
+    t = draw_timesteps(0, range(10_000), 8, 10, 1000)
     assert t.min() == 0 and t.max() == 999
     counts = torch.bincount(t // 20, minlength=50).float()  # 50 bins, 200 expected in each
     chi2 = ((counts - 200) ** 2 / 200).sum().item()
@@ -150,16 +145,17 @@ def test_the_marginal_of_t_is_uniform():
 
 
 def test_t_and_noise_follow_from_seed_and_pair_number_alone():
-    together = train_inpo.draw_timesteps(5, 7, range(4), 10, 1000)
-    alone = [train_inpo.draw_timesteps(5, 7, [n], 10, 1000) for n in range(4)]
-    assert torch.equal(together, torch.cat(alone)) and (together // 100 == 7).all()
+    together = draw_timesteps(5, range(4, 8), 4, 10, 1000)
+    alone = [draw_timesteps(5, [n], 4, 10, 1000) for n in range(4, 8)]
+    assert torch.equal(together, torch.cat(alone))
+    assert (together // 100 == stratum(5, 1, 10)).all()
     assert len(set(together.tolist())) > 1
 
     def draw(generator):
         return torch.randn(3, generator=generator)
 
-    both = [draw(g) for g in train_inpo.generators(5, [8, 9])]  # winners 8, 9, losers 8, 9
-    first, second = ([draw(g) for g in train_inpo.generators(5, [n])] for n in (8, 9))
+    both = [draw(g) for g in generators(5, [8, 9])]  # winners 8, 9, losers 8, 9
+    first, second = ([draw(g) for g in generators(5, [n])] for n in (8, 9))
     for a, b in zip(both, [first[0], second[0], first[1], second[1]], strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(both[0], both[2])
@@ -168,11 +164,9 @@ def test_t_and_noise_follow_from_seed_and_pair_number_alone():
 def test_all_ranks_take_the_same_number_of_unet_calls():
     # Ranks 0 and 1 of 2 draw different t from one cell, in every micro-step.
     for micro_step in range(30):
-        cell = train_inpo.stratum(0, micro_step, 10)
+        cell = stratum(0, micro_step, 10)
         t = [
-            train_inpo.draw_timesteps(
-                0, cell, data.pair_numbers(micro_step, 0, r, 2, 4, 1), 10, 1000
-            )
+            draw_timesteps(0, data.pair_numbers(micro_step, 0, r, 2, 4, 1), 8, 10, 1000)
             for r in (0, 1)
         ]
         assert (torch.stack(t) // 100 == cell).all() and not torch.equal(*t)
@@ -379,7 +373,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(argv, tmp_path, capsys):
 
 
 def test_the_published_recipe_is_the_default():
-    sdxl, sd15 = plan.parse("", []), plan.parse("", ["--model=sd15"])
+    sdxl, sd15 = parse("", []), parse("", ["--model=sd15"])
     for args, beta in ((sdxl, 5000), (sd15, 2000)):
         assert (args.steps, args.batch, args.lr, args.warmup) == (400, 1024, 1.024e-5, 200)
         assert (args.beta, args.inversion_steps, args.eta, args.caption_dropout) == (
@@ -389,7 +383,7 @@ def test_the_published_recipe_is_the_default():
             0.2,
         )
     assert sdxl.vae == "madebyollin/sdxl-vae-fp16-fix" and sd15.vae is None
-    by_id = plan.parse("", ["--model=stabilityai/stable-diffusion-xl-base-1.0"])
+    by_id = parse("", ["--model=stabilityai/stable-diffusion-xl-base-1.0"])
     assert by_id.vae == sdxl.vae  # the same model by its hub id
 
 
@@ -634,7 +628,7 @@ def test_a_half_precision_run_begins_with_all_digits_of_the_start(
         assert [line["margin"] for line in metrics(out)] == [0, 0], name
     train_inpo.main(argv(out=tmp_path / "new", lr=1e-12, steps=1, lora_rank=4))
     asked = Namespace(**json.loads((tmp_path / "new" / "run.json").read_text()))
-    drawn = lora.trainable(train_inpo.load_start(asked, torch.float32).unet)
+    drawn = lora.trainable(lora.load_start(asked, torch.float32).unet)
     drawn = {f"unet.{name.replace('.default.', '.')}": weight for name, weight in drawn.items()}
     assert distance(load_file(tmp_path / "new" / lora.LORA), drawn) < 1e-8
 

@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError
 
 import model
-import train_inpo
 from system import checkpoint
 from system.files import UserError
 from system.program import HelpFormatter, reported
@@ -64,11 +63,11 @@ def load(asked: argparse.Namespace, path: Path):
     weights, found = checkpoint.weights(path), set()
     dtype = plan.compute_dtype(asked.ds_config)
     if dtype != torch.float32:  # the run's own, unless it ran on a CPU
-        found.add(model.identity(train_inpo.load_start(asked, dtype)))
-    pipeline = train_inpo.load_start(asked, torch.float32)
+        found.add(model.identity(lora.load_start(asked, dtype)))
+    pipeline = lora.load_start(asked, torch.float32)
     found.add(model.identity(pipeline))
     unet = pipeline.unet
-    own = lora.trainable(unet) if plan.trains_adapters(asked) else unet.state_dict()
+    own = lora.trainable(unet) if lora.trains_adapters(asked) else unet.state_dict()
     if {k: w.shape for k, w in own.items()} != {k: w.shape for k, w in weights.items()}:
         raise UserError(
             f"{path}: does not fit {asked.unet or asked.model}, which has changed since the run."
@@ -89,7 +88,7 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
     path = find(path.resolve())
     folder, step = path.parent.parent, checkpoint.read_list(path)["step"]
     asked, facts = argparse.Namespace(**read(folder / "run.json")), read(folder / "card.json")
-    adapters = plan.trains_adapters(asked)
+    adapters = lora.trains_adapters(asked)
     kind = kind or ("lora" if adapters else "pipeline")
     if kind == "lora" and not adapters:
         raise UserError(f"--to lora: {folder} trained the whole UNet; take pipeline or unet.")

@@ -6,11 +6,12 @@ Switched off, the adapted UNet is the reference: no second copy of the weights. 
 
     from nothing             attach: B = 0, the start is the model itself
     from a LoRA, as it is    adopt: its A and B are trained on; the reference is the model without
-    from a LoRA, merged      model.load_any, then attach: W takes alpha/r B A in, text encoders
+    from a LoRA, merged      model.fuse_lora, then attach: W takes alpha/r B A in, text encoders
                              too; the reference is the model with it, and what `save` writes is to
                              be loaded on top of the merged model, not of the original one
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor
 
+import model
 from system.files import UserError
 from system.hub import LORA, find, one_sentence
 
@@ -29,6 +31,27 @@ TARGETS = {"attention": ATTENTION, "all": [*ATTENTION, "ff.net.0.proj", "ff.net.
 
 # -------------------------------------------------------------------------------------------------
 # Start.
+
+
+def trains_adapters(args: Namespace) -> bool:
+    return bool(args.lora_rank or (args.lora and args.lora_start == "continue"))
+
+
+def load_start(args: Namespace, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline that training starts from; of a LoRA run its UNet has the adapters.
+
+    In half precision the UNet's weights are those in fp32, rounded once: what the policy's fp32
+    master weights round to before the first step, and what the reference stays."""
+    pipeline = model.load_pipeline(args.model, args.unet, args.vae, dtype)
+    if args.lora and args.lora_start == "merge":
+        model.fuse_lora(pipeline, args.lora)
+    elif args.lora:
+        adopt(pipeline, args.lora)
+    if args.lora_rank:
+        attach(pipeline.unet, args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
+    if args.lora and args.lora_start == "merge" and dtype != torch.float32:  # or round it twice
+        pipeline.unet.load_state_dict(load_start(args, torch.float32).unet.state_dict())
+    return pipeline
 
 
 def attach(

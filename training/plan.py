@@ -1,6 +1,4 @@
-"""What a run is asked to do: flags, checks and the derived plan.
-
-Everything that can be wrong is said here in one sentence, before any weights are loaded."""
+"""The plan of a run: what follows from the flags, and every check before weights are loaded."""
 
 import argparse
 import json
@@ -15,132 +13,19 @@ from deepspeed.accelerator import get_accelerator
 
 import data
 import model
+import toy
 from evaluation import scorers
-from system import hub
 from system.files import ROOT, UserError
-from system.program import HelpFormatter
-from training import cost, lora, memory, preview, run
-from training.recipes import METHODS, recipe_of, recipe_table
-
-# -------------------------------------------------------------------------------------------------
-# Flags.
-
-
-def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags; their defaults are the recipe of --model. Raises UserError for an unknown one."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--model", default="sdxl")
-    first.add_argument("--method", choices=METHODS, default="inpo")
-    known = first.parse_known_args(argv)[0]
-
-    parser = argparse.ArgumentParser(
-        description=description, epilog=recipe_table(), formatter_class=HelpFormatter
-    )
-    switch = argparse.BooleanOptionalAction
-    # fmt: off
-
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default="sdxl",
-        help="sdxl, sd15, tiny, a hub id, or a folder in diffusers layout; picks the recipe")
-    add("--unet", metavar="PATH",
-        help="UNet (folder or hub id) in place of the pipeline's, as start and as reference")
-    add("--vae", metavar="PATH",
-        help="VAE checkpoint in place of the pipeline's (SDXL's own overflows in fp16)")
-    add("--gradient-checkpointing", action=switch, help="less memory for a quarter more work")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--data", metavar="PATH",
-        help="pairs in Pick-a-Pic v2's columns: hub id, .parquet file, folder of them, folder "
-             "saved by datasets; 'toy' draws the tiny model's; Pick-a-Pic v2 left the hub in 2025: "
-             "give a folder with a copy of its parquet files")
-    add("--split", default="train", help="split of a hub id or DatasetDict")
-    add("--resolution", type=int, metavar="PIXELS",
-        help="side of the square; if not given the model's own (SDXL 1024, SD1.5 512, tiny 64)")
-    add("--crop", choices=("center", "random"), default="center",
-        help="what is kept once the shorter side has that length")
-    add("--flip", action=switch, default=True, help="mirror half of the pairs")
-    add("--caption-dropout", type=float, metavar="P",
-        help="share of the pairs, 0 to 1, that are trained without their caption")
-    add("--workers", type=int, metavar="N", help="loader processes per rank")
-
-    add = parser.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="inpo", help="picks the recipe, too")
-    add("--beta", type=float,
-        help="how strongly the policy is held to the reference, per mean squared error; a larger "
-             "one moves less")
-    add("--inversion-steps", type=int, metavar="N",
-        help="inpo: cells of the inversion's grid over all timesteps; must divide them")
-    add("--eta", type=float,
-        help="inpo: noise injected while inverting, from 0 (none) to 1 (DDPM's)")
-    add("--inverter", choices=("policy", "reference"), help="inpo: the model that inverts")
-    add("--liked-share", type=float, metavar="P",
-        help="kto: weight of the liked images, 0 to 1; the disliked ones have the rest")
-    add("--strata", type=int, metavar="N",
-        help="dpo, kto, sft: cells of the timesteps; all pairs of a micro-step draw theirs in one "
-             "cell (for inpo these are the inversion's)")
-
-    add = parser.add_argument_group("adapters (the reference is the UNet without them)")
-    add = add.add_argument
-    add("--lora-rank", type=int, default=0, metavar="R", help="rank of the adapters; 0: none")
-    add("--lora-alpha", type=float, metavar="A",
-        help="the adapters are scaled by A/R (if not given: A = R)")
-    add("--lora-targets", choices=tuple(lora.TARGETS), default="attention",
-        help="layers with adapters: the attention's, or the feed-forward's too")
-    add("--lora", metavar="PATH", help="LoRA to start from (file, folder or hub id)")
-    add("--lora-start", choices=("continue", "merge"), default="continue",
-        help="continue: train its adapters on, the reference is the model without them; merge: "
-             "add it to the weights first, it is part of the reference, too")
-
-    add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=int, metavar="N", help="optimizer steps")
-    add("--batch", type=int, metavar="PAIRS", help="pairs per optimizer step, over all ranks")
-    add("--micro-batch", type=int, metavar="PAIRS",
-        help="pairs per rank and forward; the rest of the batch is accumulated")
-    add("--lr", type=float, help="learning rate of AdamW, constant after the warm-up")
-    add("--warmup", type=int, metavar="N", help="optimizer steps of linear warm-up")
-    add("--seed", type=int, default=0, help="of everything random")
-    add("--ds-config", metavar="FILE", default="ds_config.json",
-        help="DeepSpeed's: ZeRO stage, precision, weight decay, clipping, monitors")
-
-    add = parser.add_argument_group("run").add_argument
-    add("--out", metavar="FOLDER", help="the run's folder (if not given: out/MODEL-METHOD)")
-    add("--checkpoint-every", type=int, metavar="N",
-        help="optimizer steps between checkpoints; 0: none")
-    add("--export-every", type=int, metavar="N", default=0,
-        help="optimizer steps between UNets (or LoRAs) written to unets/, for evaluate.py; 0: none")
-    add("--sample-every", type=int, metavar="N",
-        help="optimizer steps between sample pictures; 0: none")
-    add("--keep", type=int, default=2, metavar="N", help="newest checkpoints to keep")
-    add("--keep-every", type=int, default=0, metavar="N",
-        help="keep the checkpoints of every N optimizer steps as well; 0: no")
-    add("--judge", choices=(*scorers.SCORERS, "none"),
-        help="scorer of the sample pictures; the model that it likes best is kept in best/ (if not "
-             "given: preference for --data toy, else none)")
-    add("--scorers", metavar="FOLDER", type=Path,
-        help="folder with copies of the scorer's hub repositories, as owner/name")
-    add("--sample-prompts", metavar="FILE", help="of the pictures: a .txt file, a prompt a line")
-    add("--guidance", type=float, metavar="W",
-        help="scale of classifier-free guidance of the sample pictures")
-    add("--dry-run", action="store_true", help="print the plan, check every input, and stop")
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
-    # fmt: on
-
-    parser.set_defaults(**recipe_of(known.model, known.method))
-    args = parser.parse_args(argv)
-    args.out = Path(args.out or f"out/{Path(args.model).name}-{args.method}")
-    args.judge = args.judge or ("preference" if args.data == "toy" else "none")
-    args.judge = None if args.judge == "none" else args.judge
-    if args.lora_alpha is None:
-        args.lora_alpha = float(args.lora_rank)
-    return args
-
+from system.hub import architecture, read_config
+from training import cost, folder, lora, memory, preview
+from training.flags import check_flags
 
 # -------------------------------------------------------------------------------------------------
 # ds_config.json: plain DeepSpeed, completed from the flags.
 
 
 def read_ds_config(file: str) -> dict:
-    """The file (beside this one, if not in the working directory) as a dictionary.
+    """The file (in the project's folder, if not in the working directory) as a dictionary.
 
     Raises UserError where it is missing, no JSON object, or holds "auto"."""
     path = Path(file) if Path(file).exists() else ROOT / file
@@ -158,6 +43,30 @@ def read_ds_config(file: str) -> dict:
             f'--ds-config {file}: {place} is "auto", a word of another library; write a value, or '
             "leave the key out (batch sizes, accumulation and lr come from the flags)."
         )
+    return config
+
+
+def complete(config: dict, args: argparse.Namespace, accumulation: int) -> dict:
+    """The configuration with what follows from the flags; fp32 where there is no GPU, since half
+    precision only pays on one. Raises UserError for what cannot be trained with."""
+    config["train_micro_batch_size_per_gpu"] = args.micro_batch
+    config["gradient_accumulation_steps"] = accumulation
+    config["train_batch_size"] = args.batch
+    config.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})["lr"] = args.lr
+    if config["optimizer"].get("type", "").lower() == "adafactor":
+        raise UserError(
+            f"--ds-config {args.ds_config}: under ZeRO, Adafactor would see flat partitions, which "
+            "is another algorithm; take AdamW."
+        )
+    if config.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
+        raise UserError(
+            f"--ds-config {args.ds_config}: zero_optimization.stage must be 1, 2 or 3; on one GPU, "
+            "1 is plain training."
+        )
+    if config.get("tensorboard", {}).get("enabled"):
+        config["tensorboard"] |= {"output_path": str(args.out), "job_name": "tensorboard"}
+    if get_accelerator().device_name() == "cpu":
+        config = {key: config[key] for key in config if key not in ("bf16", "fp16")}
     return config
 
 
@@ -182,15 +91,6 @@ def compute_dtype(ds_config: dict) -> torch.dtype:
 # -------------------------------------------------------------------------------------------------
 # The plan.
 
-RANGES = {
-    "beta": (1e-9, 1e9), "eta": (0, 1), "caption_dropout": (0, 1), "lr": (1e-12, 1),
-    "steps": (1, 10**9), "batch": (1, 10**9), "micro_batch": (1, 10**9), "warmup": (0, 10**9),
-    "inversion_steps": (1, 1000), "workers": (0, 1024), "seed": (0, 2**32),
-    "sample_every": (0, 10**9), "checkpoint_every": (0, 10**9), "export_every": (0, 10**9),
-    "liked_share": (0, 1), "strata": (1, 1000), "lora_rank": (0, 4096), "lora_alpha": (0, 1e6),
-    "keep": (1, 10**9), "keep_every": (0, 10**9),
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -209,7 +109,7 @@ class Plan:
     factor: int  # pixels of a latent's side
     timesteps: int  # T
     resolution: int  # pixels
-    sides: int  # images of a pair that are trained on: 2, or the winner alone
+    images_per_pair: int  # that are trained on: 2, or the winner alone
     strata: int  # cells of the timesteps
     pairs: Any  # datasets.Dataset without ties
     fingerprint: str  # of the pairs
@@ -217,74 +117,25 @@ class Plan:
 
 def asked(args: argparse.Namespace) -> dict:
     """What makes a run this run: every flag that is not about where it is written."""
-    skip = ("local_rank", "dry_run", "out", "scorers")
+    skip = ("local_rank", "dry_run", "out", "scorer_folder")
     kept = {key: value for key, value in vars(args).items() if key not in skip}
     return kept | {"ds_config": read_ds_config(args.ds_config)}
 
 
-def trains_adapters(args: argparse.Namespace) -> bool:
-    return bool(args.lora_rank or (args.lora and args.lora_start == "continue"))
-
-
 def check(args: argparse.Namespace) -> Plan:
     """Check everything, cheap things first. Raises UserError."""
-    for flag, default in recipe_of(args.model, args.method).items():
-        if default is None and flag != "vae" and getattr(args, flag) is not None:
-            raise UserError(
-                f"--{flag.replace('_', '-')}: has no meaning for --method {args.method}."
-            )
-    for flag, (low, high) in RANGES.items():
-        value = getattr(args, flag)
-        if value is not None and not low <= value <= high:
-            name = flag.replace("_", "-")
-            raise UserError(f"--{name} {value}: must lie between {low} and {high}.")
+    check_flags(args)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    at_once = args.micro_batch * world
-    if args.batch % at_once:
-        fits = [n for n in range(1, world) if args.batch % (args.micro_batch * n) == 0]
-        fixes = [f"--batch {-(-args.batch // at_once) * at_once}"]
-        if args.batch % world == 0:
-            fixes.insert(0, f"--micro-batch {math.gcd(args.micro_batch, args.batch // world)}")
-        if fits:
-            fixes.append(f"start {fits[-1]} process(es) (deepspeed --num_gpus {fits[-1]} ...)")
-        raise UserError(
-            f"--batch {args.batch}: must be a multiple of --micro-batch {args.micro_batch} x "
-            f"{world} rank(s) = {at_once}; give {', or '.join(fixes)}."
-        )
-    accumulation = args.batch // at_once
-    if args.lora and args.lora_start == "continue" and args.lora_rank:
-        raise UserError(
-            f"--lora-rank {args.lora_rank}: {args.lora} has its own rank; leave the flag out, or "
-            "give --lora-start merge."
-        )
-    prompts = preview.read_prompts(args)
+    accumulation = accumulate(args, world)
+    sample_prompts = preview.read_prompts(args)
     if args.judge and args.sample_every:
-        scorers.check(args.judge, prompts, args.scorers)
+        scorers.check(args.judge, sample_prompts, args.scorer_folder)
+    ds_config = complete(read_ds_config(args.ds_config), args, accumulation)
+    folder.check_folder(args.out, asked(args))
 
-    ds_config = read_ds_config(args.ds_config)
-    ds_config["train_micro_batch_size_per_gpu"] = args.micro_batch
-    ds_config["gradient_accumulation_steps"] = accumulation
-    ds_config["train_batch_size"] = args.batch
-    ds_config.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})["lr"] = args.lr
-    if ds_config["optimizer"].get("type", "").lower() == "adafactor":
-        raise UserError(
-            f"--ds-config {args.ds_config}: under ZeRO, Adafactor would see flat partitions, which "
-            "is another algorithm; take AdamW."
-        )
-    if ds_config.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
-        raise UserError(
-            f"--ds-config {args.ds_config}: zero_optimization.stage must be 1, 2 or 3; on one GPU, "
-            "1 is plain training."
-        )
-    if ds_config.get("tensorboard", {}).get("enabled"):
-        ds_config["tensorboard"] |= {"output_path": str(args.out), "job_name": "tensorboard"}
-    if get_accelerator().device_name() == "cpu":  # half precision only pays on a GPU
-        ds_config = {key: ds_config[key] for key in ds_config if key not in ("bf16", "fp16")}
-
-    run.check_folder(args.out, asked(args))
-    unet = hub.read_config(args.unet or args.model, "unet")
-    vae = hub.read_config(args.vae or args.model, "vae")
-    timesteps = hub.read_config(args.model, "scheduler").get("num_train_timesteps", 1000)
+    unet = read_config(args.unet or args.model, "unet")
+    vae = read_config(args.vae or args.model, "vae")
+    timesteps = read_config(args.model, "scheduler").get("num_train_timesteps", 1000)
     strata = args.inversion_steps or args.strata
     if timesteps % strata:
         flag = "--inversion-steps" if args.inversion_steps else "--strata"
@@ -308,28 +159,42 @@ def check(args: argparse.Namespace) -> Plan:
         accumulation=accumulation,
         ds_config=ds_config,
         dtype=compute_dtype(ds_config),
-        architecture=hub.architecture(args.model),
+        architecture=architecture(args.model),
         parameters=model.count_parameters(unet),
         unet_config=unet,
         vae_config=vae,
-        tokens=hub.read_config(args.model, "text_encoder").get("max_position_embeddings", 77),
+        tokens=read_config(args.model, "text_encoder").get("max_position_embeddings", 77),
         latent=resolution // factor,
         factor=factor,
         timesteps=timesteps,
         resolution=resolution,
-        sides=1 if args.method == "sft" else 2,
+        images_per_pair=1 if args.method == "sft" else 2,
         strata=strata,
         pairs=pairs,
         fingerprint=data.fingerprint(pairs),
     )
 
 
-def read_pairs(args: argparse.Namespace):
-    if args.data != "toy":
-        return data.read_pairs(args.data, args.split, copy=not args.dry_run)
-    import toy
+def accumulate(args: argparse.Namespace, world: int) -> int:
+    """Micro-steps per optimizer step. Raises UserError with what would fit."""
+    at_once = args.micro_batch * world
+    if args.batch % at_once == 0:
+        return args.batch // at_once
+    fixes = [f"--batch {-(-args.batch // at_once) * at_once}"]
+    if args.batch % world == 0:
+        fixes.insert(0, f"--micro-batch {math.gcd(args.micro_batch, args.batch // world)}")
+    if fits := [n for n in range(1, world) if args.batch % (args.micro_batch * n) == 0]:
+        fixes.append(f"start {fits[-1]} process(es) (deepspeed --num_gpus {fits[-1]} ...)")
+    raise UserError(
+        f"--batch {args.batch}: must be a multiple of --micro-batch {args.micro_batch} x "
+        f"{world} rank(s) = {at_once}; give {', or '.join(fixes)}."
+    )
 
-    return data.read_pairs(str(toy.write_pairs_once("out/toy", n=2048)))
+
+def read_pairs(args: argparse.Namespace):
+    if args.data == "toy":
+        return data.read_pairs(str(toy.write_pairs_once("out/toy", n=2048)))
+    return data.read_pairs(args.data, args.split, copy=not args.dry_run)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -340,14 +205,14 @@ TOY = 10**8  # parameters of a UNet; with fewer its encoders are as small, and n
 
 def lora_rank(args: argparse.Namespace) -> int | None:
     """Of the adapters, None without; that of a --lora to train on is in its file: counted as 64."""
-    return (args.lora_rank or 64) if trains_adapters(args) else None
+    return (args.lora_rank or 64) if lora.trains_adapters(args) else None
 
 
 def work(args: argparse.Namespace, plan: Plan, inversion: float) -> tuple[float, float]:
     """(UNet calls, FLOPs) of the whole run, over all ranks; inversion: the mean number of calls
     that inverting an image takes."""
-    calls = cost.calls_per_image(args.method, inversion, trains_adapters(args))
-    calls *= args.steps * args.batch * plan.sides
+    calls = cost.calls_per_image(args.method, inversion, lora.trains_adapters(args))
+    calls *= args.steps * args.batch * plan.images_per_pair
     config = plan.unet_config | {"sample_size": plan.latent}
     return calls, calls * cost.call_flops(config, plan.tokens)
 
@@ -370,7 +235,7 @@ def gpu_memory(args: argparse.Namespace, plan: Plan) -> str:
         dtype=dtype,
         micro_batch=args.micro_batch,
         latent=plan.latent,
-        sides=plan.sides,
+        sides=plan.images_per_pair,
         reference=args.method != "sft",
         checkpointing=args.gradient_checkpointing,
         lora_rank=lora_rank(args),
@@ -410,7 +275,7 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
     inversion = (plan.strata + 1) / 2  # the mean of 1..strata
     calls, flops = work(args, plan, inversion)
     takes = [f"{inversion:g} to invert"] * (args.method == "inpo")
-    takes += ["1 reference"] * (args.method != "sft") + [f"{3 - trains_adapters(args)} to train"]
+    takes += ["1 reference"] * (args.method != "sft") + [f"{3 - lora.trains_adapters(args)} to train"]
     stage = plan.ds_config.get("zero_optimization", {}).get("stage", 0)
     released = " (released: Adafactor, which ZeRO would show flat partitions)"
     released *= plan.architecture == "sdxl" and args.method != "kto"
@@ -436,6 +301,16 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
         "disk": f"at most {memory.size(most)}: {', '.join(taken)}; {memory.size(free)} free",
     }
     words = [f"  {key:<12}{text}" for key, text in lines.items() if text]
+    if args.method == "inpo" and plan.architecture == "sd15" and not args.unet:
+        words.append(
+            "Warning: the published SD1.5 run starts from SFT on the winners; train one with "
+            "--method sft, and give its folder as --unet."
+        )
+    if args.method == "inpo" and plan.world > 1 and plan.accumulation < plan.strata:
+        words.append(
+            f"Warning: an update sees {plan.accumulation} of the {plan.strata} cells of timesteps, "
+            "one a micro-step; fewer GPUs or a smaller --micro-batch let it see more."
+        )
     if free < most:
         words.append(
             f"Warning: --out {args.out}: the run may take {memory.size(most)} there, more than is "

@@ -60,7 +60,7 @@ def replace(file: Path, text: str):
 class Preview:
     def __init__(self, args: argparse.Namespace):
         self.out, self.guidance, self.batch = args.out, args.guidance, args.micro_batch
-        self.prompts, self.name, self.scorer_folder = read_prompts(args), args.judge, args.scorers
+        self.prompts, self.name, self.scorer_folder = read_prompts(args), args.judge, args.scorer_folder
         self.judge = None
 
     def draw(self, pipeline, step: int, pause: Callable[[], None]) -> tuple[dict | None, bool]:

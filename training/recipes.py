@@ -78,6 +78,7 @@ def recipe_table() -> str:
     """RECIPES as aligned text, for --help."""
     rows = [("defaults of --model", *COLUMNS)]
     rows += [("start, reference", PRESETS["sdxl"], PRESETS["sd15"], "assets/tiny-sdxl")]
+    rows += [("  in the paper", "the same", "its SFT on the winners (give --unet)", "")]
     for method in METHODS:
         recipe = BASELINES.get(method, RECIPES)
         rows += [()] * (method != "inpo") + [(f"--method {method}",)]

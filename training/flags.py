@@ -1,0 +1,144 @@
+"""The flags of train_inpo.py. Nothing here takes long to import: --help is answered at once."""
+
+import argparse
+from pathlib import Path
+
+from evaluation.published import TITLES
+from system.files import UserError
+from system.program import Parser
+from training.recipes import METHODS, recipe_of, recipe_table
+
+
+def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags; their defaults are the recipe of --model. Raises UserError for an unknown one."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--model", default="sdxl")
+    first.add_argument("--method", choices=METHODS, default="inpo")
+    known = first.parse_known_args(argv)[0]
+
+    parser = Parser("train_inpo.py", description, epilog=recipe_table())
+    switch = argparse.BooleanOptionalAction
+    # fmt: off
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="sdxl",
+        help="sdxl, sd15, tiny, a hub id, or a folder in diffusers layout; picks the recipe")
+    add("--unet", metavar="PATH",
+        help="UNet (folder or hub id) in place of the pipeline's, as start and as reference")
+    add("--vae", metavar="PATH",
+        help="VAE checkpoint in place of the pipeline's (SDXL's own overflows in fp16)")
+    add("--gradient-checkpointing", action=switch, help="less memory for a quarter more work")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="PATH",
+        help="pairs in Pick-a-Pic v2's columns: hub id, .parquet file, folder of them, folder "
+             "saved by datasets; 'toy' draws the tiny model's; Pick-a-Pic v2 left the hub in 2025: "
+             "give a folder with a copy of its parquet files")
+    add("--split", default="train", help="split of a hub id or DatasetDict")
+    add("--resolution", type=int, metavar="PIXELS",
+        help="side of the square; if not given the model's own (SDXL 1024, SD1.5 512, tiny 64)")
+    add("--crop", choices=("center", "random"), default="center",
+        help="what is kept once the shorter side has that length")
+    add("--flip", action=switch, default=True, help="mirror half of the pairs")
+    add("--caption-dropout", type=float, metavar="P",
+        help="share of the pairs, 0 to 1, that are trained without their caption")
+    add("--workers", type=int, metavar="N", help="loader processes per rank")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--method", choices=METHODS, default="inpo", help="picks the recipe, too")
+    add("--beta", type=float,
+        help="how strongly the policy is held to the reference, per mean squared error; a larger "
+             "one moves less")
+    add("--inversion-steps", type=int, metavar="N",
+        help="inpo: cells of the inversion's grid over all timesteps; must divide them")
+    add("--eta", type=float,
+        help="inpo: noise injected while inverting, from 0 (none) to 1 (DDPM's)")
+    add("--inverter", choices=("policy", "reference"), help="inpo: the model that inverts")
+    add("--liked-share", type=float, metavar="P",
+        help="kto: weight of the liked images, 0 to 1; the disliked ones have the rest")
+    add("--strata", type=int, metavar="N",
+        help="dpo, kto, sft: cells of the timesteps; all pairs of a micro-step draw theirs in one "
+             "cell (for inpo these are the inversion's)")
+
+    add = parser.add_argument_group("adapters (the reference is the UNet without them)")
+    add = add.add_argument
+    add("--lora-rank", type=int, default=0, metavar="R", help="rank of the adapters; 0: none")
+    add("--lora-alpha", type=float, metavar="A",
+        help="the adapters are scaled by A/R (if not given: A = R)")
+    add("--lora-targets", choices=("attention", "all"), default="attention",
+        help="layers with adapters: the attention's, or the feed-forward's too")
+    add("--lora", metavar="PATH", help="LoRA to start from (file, folder or hub id)")
+    add("--lora-start", choices=("continue", "merge"), default="continue",
+        help="continue: train its adapters on, the reference is the model without them; merge: "
+             "add it to the weights first, it is part of the reference, too")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--steps", type=int, metavar="N", help="optimizer steps")
+    add("--batch", type=int, metavar="PAIRS", help="pairs per optimizer step, over all ranks")
+    add("--micro-batch", type=int, metavar="PAIRS",
+        help="pairs per rank and forward; the rest of the batch is accumulated")
+    add("--lr", type=float, help="learning rate of AdamW, constant after the warm-up")
+    add("--warmup", type=int, metavar="N", help="optimizer steps of linear warm-up")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--ds-config", metavar="FILE", default="ds_config.json",
+        help="DeepSpeed's: ZeRO stage, precision, weight decay, clipping, monitors")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="FOLDER", help="the run's folder (if not given: out/MODEL-METHOD)")
+    add("--checkpoint-every", type=int, metavar="N",
+        help="optimizer steps between checkpoints; 0: none")
+    add("--export-every", type=int, metavar="N", default=0,
+        help="optimizer steps between UNets (or LoRAs) written to unets/, for evaluate.py; 0: none")
+    add("--sample-every", type=int, metavar="N",
+        help="optimizer steps between sample pictures; 0: none")
+    add("--keep", type=int, default=2, metavar="N", help="newest checkpoints to keep")
+    add("--keep-every", type=int, default=0, metavar="N",
+        help="keep the checkpoints of every N optimizer steps as well; 0: no")
+    add("--judge", choices=(*TITLES, "none"),
+        help="scorer of the sample pictures; the model that it likes best is kept in best/ (if not "
+             "given: preference for --data toy, else none)")
+    add("--scorer-folder", metavar="FOLDER", type=Path,
+        help="folder with copies of the scorer's hub repositories, as owner/name")
+    add("--sample-prompts", metavar="FILE", help="of the pictures: a .txt file, a prompt a line")
+    add("--guidance", type=float, metavar="W",
+        help="scale of classifier-free guidance of the sample pictures")
+    add("--dry-run", action="store_true", help="print the plan, check every input, and stop")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
+    # fmt: on
+
+    parser.set_defaults(**recipe_of(known.model, known.method))
+    args = parser.parse_args(argv)
+    args.out = Path(args.out or f"out/{Path(args.model).name}-{args.method}")
+    args.judge = args.judge or ("preference" if args.data == "toy" else "none")
+    args.judge = None if args.judge == "none" else args.judge
+    if args.lora_alpha is None:
+        args.lora_alpha = float(args.lora_rank)
+    return args
+
+
+RANGES = {
+    "beta": (1e-9, 1e9), "eta": (0, 1), "caption_dropout": (0, 1), "lr": (1e-12, 1),
+    "steps": (1, 10**9), "batch": (1, 10**9), "micro_batch": (1, 10**9), "warmup": (0, 10**9),
+    "inversion_steps": (1, 1000), "workers": (0, 1024), "seed": (0, 2**32),
+    "sample_every": (0, 10**9), "checkpoint_every": (0, 10**9), "export_every": (0, 10**9),
+    "liked_share": (0, 1), "strata": (1, 1000), "lora_rank": (0, 4096), "lora_alpha": (0, 1e6),
+    "keep": (1, 10**9), "keep_every": (0, 10**9),
+}  # fmt: skip
+
+
+def check_flags(args: argparse.Namespace):
+    """Raises UserError for flags that are out of range, or have no meaning together."""
+    for flag, default in recipe_of(args.model, args.method).items():
+        if default is None and flag != "vae" and getattr(args, flag) is not None:
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name}: has no meaning for --method {args.method}.")
+    for flag, (low, high) in RANGES.items():
+        value = getattr(args, flag)
+        if value is not None and not low <= value <= high:
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name} {value}: must lie between {low} and {high}.")
+    if args.lora and args.lora_start == "continue" and args.lora_rank:
+        raise UserError(
+            f"--lora-rank {args.lora_rank}: {args.lora} has its own rank; leave the flag out, or "
+            "give --lora-start merge."
+        )

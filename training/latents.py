@@ -1,0 +1,62 @@
+"""Where xt and tau come from: the latent source of each method, and all that is random about it.
+
+    inpo             DDIM inversion of each image, by the policy or by the reference (invert.py)
+    dpo              forward noise, one noise for winner and loser
+    kto, sft         forward noise, one noise for each image
+
+Randomness is a function of (seed, number of the pair n), and for the cell of t of (seed, micro-step
+of the pair): a run resumes by index, and does not depend on the number of ranks as long as
+--micro-batch x ranks stays the same.
+"""
+
+from argparse import Namespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from invert import add_noise, ddim_invert, randn_like
+
+STRATUM, TIME, NOISE = 101, 102, 103  # keep the random streams of one seed apart
+
+
+def latents(args: Namespace, policy, frozen, x0, t, abar, noise) -> tuple[Tensor, Tensor]:
+    """(xt, tau): the images at t and the noise that explains them, (B, C, h, w) fp32 each.
+
+    policy, frozen: eps_fn(x, t) of invert.py. x0: (B, C, h, w) clean latents, winners first. t:
+    (B,) int64. noise: a generator per image."""
+    if args.method == "inpo":
+        inverter = policy if args.inverter == "policy" else frozen
+        return ddim_invert(inverter, x0, t, abar, args.inversion_steps, args.eta, noise)
+    tau = randn_like(x0, noise)
+    if args.method == "dpo":
+        tau = tau.chunk(2)[0].repeat(2, 1, 1, 1)
+    return add_noise(x0, tau, abar[t]), tau
+
+
+def stratum(seed: int, micro_step: int, cells: int) -> int:
+    """The cell of the timesteps that all pairs of a micro-step share, on every rank.
+
+    Each cycle of `cells` micro-steps visits every cell once, in a random order."""
+    cycle, place = divmod(micro_step, cells)
+    return int(np.random.default_rng([seed, STRATUM, cycle]).permutation(cells)[place])
+
+
+def draw_timesteps(seed: int, numbers, at_once: int, cells: int, timesteps: int) -> Tensor:
+    """t, (P,) int64, of the pairs of these numbers (P,): uniform in the cell of their micro-step.
+
+    at_once: pairs of a micro-step on all ranks; pair n is in micro-step n // at_once. The `cells`
+    cells divide 0..timesteps-1 evenly, so that t is uniform over the run."""
+    width, drawn = timesteps // cells, []
+    for n in map(int, numbers):
+        place = np.random.default_rng([seed, TIME, n]).integers(width)
+        drawn.append(stratum(seed, n // at_once, cells) * width + place)
+    return torch.tensor(drawn, dtype=torch.int64)
+
+
+def generators(seed: int, numbers) -> list[torch.Generator]:
+    """One per image, winners first; on the CPU, so that every device draws the same."""
+    streams = [
+        np.random.default_rng([seed, NOISE, side, int(n)]) for side in (0, 1) for n in numbers
+    ]
+    return [torch.Generator().manual_seed(int(stream.integers(2**63))) for stream in streams]
