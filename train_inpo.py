@@ -48,7 +48,9 @@ from invert import add_noise, ddim_invert, randn_like
 from loss import dpo_loss, inpo_loss, kto_loss, squared_error
 from system import processes
 from system.program import reported
-from training import card, guard, lora, plan, run
+from training import card, guard, lora, plan
+from training.folder import alone, finished
+from training.run import Run, due
 
 # -------------------------------------------------------------------------------------------------
 # Randomness as a function of (seed, place in the run).
@@ -125,7 +127,7 @@ def train(args: Namespace, todo: plan.Plan, stop: processes.Stop):
     found = {"data_fingerprint": todo.fingerprint, "start_identity": model.identity(pipeline)}
     asked, adapters = plan.asked(args), plan.trains_adapters(args)
     facts = card.facts(args, asked, adapters, len(todo.pairs), todo.world)
-    job = run.Run(args, asked | found, facts, guard.limit(todo.ds_config), stop)
+    job = Run(args, asked | found, facts, guard.limit(todo.ds_config), stop)
     engine, reference = start_engine(pipeline.unet, args, todo.ds_config)
     pipeline.register_modules(unet=engine.module)
     pipeline.to(engine.device)
@@ -134,8 +136,8 @@ def train(args: Namespace, todo: plan.Plan, stop: processes.Stop):
         model.predict_noise, abar=abar, prediction_type=pipeline.scheduler.config.prediction_type
     )
 
-    begun = functools.partial(load_start, args, torch.float32)
-    start = job.resume(engine, begun)
+    start_fp32 = functools.partial(load_start, args, torch.float32)
+    start = job.resume(engine, start_fp32)
     pairs = data.Pairs(
         todo.pairs, todo.resolution, args.seed, args.crop, args.flip, args.caption_dropout
     )
@@ -148,7 +150,6 @@ def train(args: Namespace, todo: plan.Plan, stop: processes.Stop):
     job.show(engine, pipeline, start)  # of a resumed run once more: the kill may have come before
 
     for step in range(start, args.steps):
-        lr = engine.get_lr()[0]
         for micro in range(todo.accumulation):
             job.stop_if_asked(engine, step)
 
@@ -180,12 +181,12 @@ def train(args: Namespace, todo: plan.Plan, stop: processes.Stop):
             engine.step()
             job.note(batch, t, losses, err, err_ref, diagnostics)
 
-        job.log(engine, step, lr)
-        if run.due(step + 1, args.checkpoint_every, args.steps):
+        job.log(engine, step)
+        if due(step + 1, args.checkpoint_every, args.steps):
             job.save(engine, step + 1)
         job.show(engine, pipeline, step + 1)
 
-    job.finish(engine, begun, functools.partial(work, args, todo))
+    job.finish(engine, start_fp32, functools.partial(work, args, todo))
 
 
 def load_start(args: Namespace, dtype: torch.dtype):
@@ -224,7 +225,7 @@ def start_engine(unet: torch.nn.Module, args: Namespace, ds_config: dict):
             optimizer, lambda step: min(1.0, (step + 1) / max(1, args.warmup))
         ),
     )
-    guard.arm(engine)
+    guard.skip_nonfinite_steps(engine)
     if args.method == "sft":
         return engine, None
     if adapters:
@@ -260,7 +261,7 @@ def main(argv: list[str] | None = None):
         print(plan.describe(args, todo), flush=True)
     if args.dry_run:
         return
-    if run.finished(args.out, args.steps):
+    if finished(args.out, args.steps):
         processes.print0(
             f"{args.out} has finished its {args.steps} steps; more --steps would continue it."
         )
@@ -268,7 +269,7 @@ def main(argv: list[str] | None = None):
     model.quiet()
     with (
         reported("train_inpo.py", every_rank=True),
-        run.alone(args.out),
+        alone(args.out),
         processes.Stop() as stop,
     ):
         train(args, todo, stop)

@@ -40,7 +40,8 @@ from lab import report
 from system import hub
 from system.files import ROOT, UserError
 from system.program import HelpFormatter
-from training import cost, plan, run
+from training import cost, plan
+from training.folder import read_metrics
 
 CORES = len(os.sched_getaffinity(0))
 STEPS, GUIDANCE = 15, 2.0  # of sampling
@@ -216,7 +217,7 @@ class Job:
         return self.spent(self.judged()[-1], len(self.judged()))
 
     def done(self) -> float:
-        trained, judged = len(run.read_metrics(self.folder)), 0
+        trained, judged = len(read_metrics(self.folder)), 0
         file = self.folder / "measured.json"
         if file.exists():
             measured = json.loads(file.read_text())

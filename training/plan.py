@@ -19,7 +19,8 @@ from evaluation import scorers
 from system import hub
 from system.files import ROOT, UserError
 from system.program import HelpFormatter
-from training import cost, lora, memory, preview, run
+from training import cost, lora, memory, preview
+from training.folder import check_folder
 from training.recipes import METHODS, recipe_of, recipe_table
 
 # -------------------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ def check(args: argparse.Namespace) -> Plan:
     if get_accelerator().device_name() == "cpu":  # half precision only pays on a GPU
         ds_config = {key: ds_config[key] for key in ds_config if key not in ("bf16", "fp16")}
 
-    run.check_folder(args.out, asked(args))
+    check_folder(args.out, asked(args))
     unet = hub.read_config(args.unet or args.model, "unet")
     vae = hub.read_config(args.vae or args.model, "vae")
     timesteps = hub.read_config(args.model, "scheduler").get("num_train_timesteps", 1000)
