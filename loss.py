@@ -105,9 +105,9 @@ def kto_loss(
 def sft_loss(err: Tensor) -> Tensor:
     """Supervised fine-tuning on the winners: loss = err_w, the plain denoising error.
 
-    err: (2P,). Returns (P,). Raises ValueError for an odd number of images."""
-    _check(err, err)
-    return err.chunk(2)[0]
+    err: (P,), of the winners alone. Returns them."""
+    _check(err, err, pairs=False)
+    return err
 
 
 # -------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ from argparse import Namespace
 from functools import partial
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
@@ -55,9 +56,10 @@ from loss import inpo_loss, kto_loss, sft_loss, squared_error
 from model import Denoiser
 from system import processes
 from training import card, folder, guard, lora
-from training.latents import draw_timesteps, generators, latents
+from training.latents import draw_timesteps, generators, latents, stratum
 from training.plan import Plan, asked, check, describe
-from training.run import Run
+from training.plan import work as expected_work
+from training.run import Run, due
 
 # -------------------------------------------------------------------------------------------------
 # The job.
@@ -65,14 +67,15 @@ from training.run import Run
 
 def train(args: Namespace, plan: Plan, stop: processes.Stop):
     pipeline = lora.load_start(args, plan.dtype)
-    run = Run(args, plan, pipeline, stop)
+    run = open_run(args, plan, pipeline, stop)
     engine, reference = start_engine(pipeline.unet, args, plan.ds_config)
     pipeline.register_modules(unet=engine.module)
     pipeline.to(engine.device)
     abar = model.alphas_cumprod(pipeline).to(engine.device)
     predicts = pipeline.scheduler.config.prediction_type
     images, at_once = plan.images_per_pair, plan.world * args.micro_batch
-    start = run.resume(engine)
+    start_fp32 = partial(lora.load_start, args, torch.float32)
+    start = run.resume(engine, start_fp32)
     batches = read_batches(args, plan, start)
     run.show(engine, pipeline, start)  # of a resumed run again: the kill may have come before
 
@@ -106,9 +109,10 @@ def train(args: Namespace, plan: Plan, stop: processes.Stop):
             engine.step()
             run.note(batch, t, losses, err, err_ref, diagnostics)
         run.log(engine, step)
-        run.save_if_due(engine, step + 1)
+        if due(step + 1, args.checkpoint_every, args.steps):
+            run.save(engine, step + 1)
         run.show(engine, pipeline, step + 1)
-    run.finish(engine)
+    run.finish(engine, start_fp32, partial(work, args, plan))
 
 
 def objective(args: Namespace, err, err_ref) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -128,6 +132,13 @@ def reference_point(g: torch.Tensor, liked: float, disliked: float) -> torch.Ten
     kl = (liked * winner + disliked * loser).mean() / 2
     dist.all_reduce(kl)
     return (kl / dist.get_world_size()).clamp(min=0)
+
+
+def open_run(args: Namespace, plan: Plan, pipeline, stop: processes.Stop) -> Run:
+    settings = asked(args)
+    facts = card.facts(args, settings, lora.trains_adapters(args), len(plan.pairs), plan.world)
+    settings |= {"data_fingerprint": plan.fingerprint, "start_identity": model.identity(pipeline)}
+    return Run(args, settings, facts, guard.limit(plan.ds_config), stop)
 
 
 def read_batches(args: Namespace, plan: Plan, start: int):
@@ -175,6 +186,15 @@ def start_engine(unet: torch.nn.Module, args: Namespace, ds_config: dict):
 
 # -------------------------------------------------------------------------------------------------
 # Around the job.
+
+
+def work(args: Namespace, plan: Plan) -> dict:
+    """What the run had to do, counted, over all ranks."""
+    cells = (stratum(args.seed, m, plan.strata) for m in range(args.steps * plan.accumulation))
+    inversion = 0 if args.method != "inpo" else np.mean([cell + 1 for cell in cells])
+    calls, flops = expected_work(args, plan, inversion)
+    done = {"method": args.method, "steps": args.steps, "pairs": args.steps * args.batch}
+    return done | {"unet_calls": round(calls), "flops": flops}
 
 
 def main(argv: list[str] | None = None):

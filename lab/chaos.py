@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from system.files import ROOT, UserError
 from system.program import HelpFormatter
-from training import run
+from training.folder import read_metrics
 
 FLAGS = "--model tiny --steps 40 --batch 4 --micro-batch 2 --checkpoint-every 1 --sample-every 20"
 KINDS = {
@@ -67,13 +67,13 @@ def wait(children: list[subprocess.Popen], out: Path) -> list[int]:
 
 
 def step_of(out: Path) -> int:
-    lines = run.read_metrics(out)
+    lines = read_metrics(out)
     return lines[-1]["step"] if lines else 0
 
 
 def disturb(children, out: Path, name: str, span: float, dice: random.Random) -> dict | None:
     """Kill while it starts, trains or saves, at a random instant; None if it ended earlier."""
-    before, begun = step_of(out), time.time()
+    before, since = step_of(out), time.time()
     place = dice.choices(("start", "step", "saving"), (0.15, 0.35, 0.5))[0]
 
     def until(happens):
@@ -96,7 +96,7 @@ def disturb(children, out: Path, name: str, span: float, dice: random.Random) ->
     wait(children, out)
     return {
         "kind": name,
-        "seconds": time.time() - begun,
+        "seconds": time.time() - since,
         "step": step_of(out),
         "saving": saving,
         "left": sorted(path.name for path in (out / "checkpoints").glob("step_*")),
@@ -109,7 +109,7 @@ def equal(a: Path, b: Path) -> bool:
     weights = [[load_file(out / name) for name in files if (out / name).exists()] for out in (a, b)]
     times = {"seconds", "pairs_per_second"}
     metrics = [
-        [{k: v for k, v in line.items() if k not in times} for line in run.read_metrics(out)]
+        [{k: v for k, v in line.items() if k not in times} for line in read_metrics(out)]
         for out in (a, b)
     ]
     same = weights[0] and [w.keys() for w in weights[0]] == [w.keys() for w in weights[1]]
@@ -197,13 +197,13 @@ def main(argv: list[str] | None = None):
     add("--out", type=Path, default=Path("out/chaos"), metavar="FOLDER")
     add("--report", type=Path, metavar="FILE", help="where to write docs/reliability.md")
     args = parser.parse_args(argv)
-    begun = time.time()
+    since = time.time()
     try:
         done = chaos(args.flags.split(), args.out, args.kills, args.ranks, args.seed)
     except UserError as error:
         print(f"chaos.py: error: {error}", file=sys.stderr)
         sys.exit(1)
-    text = report(done, args, time.time() - begun)
+    text = report(done, args, time.time() - since)
     (args.out / "kills.json").write_text(json.dumps(done, indent=1) + "\n")
     if args.report:
         args.report.write_text(text)

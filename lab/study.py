@@ -40,8 +40,9 @@ from lab import report
 from system import hub
 from system.files import ROOT, UserError
 from system.program import HelpFormatter
-from training import cost, run
+from training import cost
 from training.flags import parse
+from training.folder import read_metrics
 from training.recipes import recipe_of
 
 CORES = len(os.sched_getaffinity(0))
@@ -218,7 +219,7 @@ class Job:
         return self.spent(self.judged()[-1], len(self.judged()))
 
     def done(self) -> float:
-        trained, judged = len(run.read_metrics(self.folder)), 0
+        trained, judged = len(read_metrics(self.folder)), 0
         file = self.folder / "measured.json"
         if file.exists():
             measured = json.loads(file.read_text())

@@ -32,7 +32,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch.serialization import set_crc32_options
 
-from system.files import UserError
+from system.files import UserError, differences
 from system.processes import first, gather, on_main, print0, share
 
 LIST = "checkpoint.json"
@@ -41,7 +41,12 @@ LIST = "checkpoint.json"
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, newest first."""
     found = [path for path in folder.glob("step_*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step of a complete checkpoint."""
+    return int(path.name[5:])
 
 
 def read_list(path: Path) -> dict:
@@ -108,14 +113,13 @@ class Sums:
         self.file.flush()
 
 
-def save(engine, step: int, folder: Path, run: dict, keep: int, every: int) -> str | None:
+def save(engine, step: int, folder: Path, settings: dict, keep: int, every: int) -> str | None:
     """Write folder/step_NNNNNN; keep it, the newest `keep` and those of every `every`th step.
 
-    The start is none, and a step that is there, just written or loaded when a signal to stop came,
-    is left as it is.
+    Step 0 is never saved; an existing checkpoint is not rewritten.
 
-    run: what must be the same when the checkpoint is used. Returns what went wrong, on any rank;
-    then the older checkpoints are as they were."""
+    settings: what must be the same when the checkpoint is used. Returns what went wrong, on any
+    rank; then the older checkpoints are as they were."""
     path = folder / f"step_{step:06d}"
     if step == 0 or share(path.exists()):
         return None
@@ -131,7 +135,7 @@ def save(engine, step: int, folder: Path, run: dict, keep: int, every: int) -> s
         exclude_frozen_parameters=True,  # of LoRA: the model itself is where it came from
     )
     files = {name: sums for written in gather(writer.files) for name, sums in written.items()}
-    facts = {"step": step, "world": dist.get_world_size(), "run": run, "files": files}
+    facts = {"step": step, "world": dist.get_world_size(), "run": settings, "files": files}
     facts["stage"] = engine.zero_optimization_stage()
     failure = first(writer.failure)
     try:
@@ -156,7 +160,7 @@ def _publish(scratch: Path, path: Path, facts: dict):
 
 def _prune(folder: Path, keep: int, every: int):
     for path in complete(folder)[keep:]:
-        if not every or int(path.name[5:]) % every:
+        if not every or step_of(path) % every:
             path.rename(path.with_suffix(".old"))  # a kill must not leave half a checkpoint
     _clean(folder)
 
@@ -178,10 +182,13 @@ def _sync(folder: Path):
 # Load: the newest one that is whole.
 
 
-def resume(engine, folder: Path, run: dict, essence: Callable[[dict], dict] = dict) -> int:
+def resume(
+    engine, folder: Path, settings: dict, result_settings: Callable[[dict], dict] = dict
+) -> int:
     """Load the newest complete and readable checkpoint; its step, or 0 where there is none.
 
-    run: what the checkpoint must have been saved with. essence: what counts of what was recorded.
+    settings: what the checkpoint must have been saved with. result_settings: picks from what was
+    saved what has to agree.
 
     Broken ones that are newer are set aside with a warning. Another number of ranks or ZeRO stage
     goes through DeepSpeed's universal checkpoint. Raises UserError where a checkpoint is of
@@ -203,7 +210,7 @@ def resume(engine, folder: Path, run: dict, essence: Callable[[dict], dict] = di
     for broken, flaw in flaws.items():
         print0(f"Warning: {flaw}; {broken.name} is set aside as .broken, {path.name} is used.")
         on_main(lambda broken=broken: _set_aside(broken))
-    return _load(engine, path, run, essence)
+    return _load(engine, path, settings, result_settings)
 
 
 def _flaw(path: Path, rank: int = 0, world: int = 1) -> str | None:
@@ -239,18 +246,12 @@ def _set_aside(path: Path):
         ) from error
 
 
-def _load(engine, path: Path, run: dict, essence: Callable[[dict], dict]) -> int:
-    facts, run = read_list(path), json.loads(json.dumps(run))
-    there = essence(facts["run"])
-    differ = [
-        f"{key}: {there.get(key)} there, {run.get(key)} now"
-        for key in sorted(there.keys() | run.keys())
-        if there.get(key) != run.get(key)
-    ]
-    if differ:
+def _load(engine, path: Path, settings: dict, result_settings: Callable[[dict], dict]) -> int:
+    facts, now = read_list(path), json.loads(json.dumps(settings))
+    if differ := differences(result_settings(facts["run"]), now):
         raise UserError(
-            f"{path}: is a checkpoint of another run ({'; '.join(differ)}); move it away, or name "
-            "another --out."
+            f"{path}: is a checkpoint of another run ({differ}); move it away, or name another "
+            "--out."
         )
     stage, world, source = engine.zero_optimization_stage(), dist.get_world_size(), path
     if (facts["stage"], facts["world"]) != (stage, world):
@@ -326,10 +327,10 @@ def _translate(folder: Path, before: int, now: int):
 
 
 # -------------------------------------------------------------------------------------------------
-# Begin: the master weights before there is a checkpoint.
+# The master weights of a run that has no checkpoint yet.
 
 
-def begin(engine, weights: dict[str, torch.Tensor]):
+def set_master_weights(engine, weights: dict[str, torch.Tensor]):
     """Make fp32 tensors, by name and whole on every rank, the master weights of what is trained.
 
     DeepSpeed made them of the engine's half-precision weights, whose rounding they would keep; the

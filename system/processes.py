@@ -184,7 +184,7 @@ def open_store(rank: int, me: str, place: str, timeout: float) -> dist.TCPStore:
 
 
 def wait_for_ranks(keys: dist.Store, world: int, place: str, timeout: float):
-    """On rank 0: wait until all have written their host, then let them go on, or say who lacks."""
+    """On rank 0: wait until all have written their host, or say who is missing."""
     start, hosts, missing = time.monotonic(), {}, list(range(world))
     speak = 20.0
     while missing:
@@ -232,7 +232,7 @@ def patient_group():
 def gather(value: Any) -> list:
     """The values of all ranks, by rank; in a process that has not joined, its own (collective).
 
-    The first may wait a week for the last; so may those in what stands on it, below."""
+    Waits up to 7 days, as do first, together, on_main and share."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()

@@ -5,7 +5,7 @@ import shutil
 from safetensors.torch import load_file, save_file
 
 from lab import chaos
-from training import run
+from training.folder import read_metrics
 
 
 def test_three_kills_change_nothing(argv, tmp_path):
@@ -28,4 +28,4 @@ def test_three_kills_change_nothing(argv, tmp_path):
     shutil.copy(tmp_path / "kept", file)
     lines = (storm / "metrics.jsonl").read_text().splitlines(keepends=True)
     (storm / "metrics.jsonl").write_text("".join([*lines, lines[-1]]))
-    assert not chaos.equal(calm, storm) and len(run.read_metrics(calm)) == 24
+    assert not chaos.equal(calm, storm) and len(read_metrics(calm)) == 24

@@ -205,7 +205,7 @@ def begins() -> dict[str, list[float]]:
             return max((w - true[k]).abs().max().item() for k, w in masters(state(engine)).items())
 
         errors = [error()]
-        checkpoint.begin(engine, true)
+        checkpoint.set_master_weights(engine, true)
         errors.append(error())
         for name, weight in engine.module.named_parameters():
             with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
@@ -217,12 +217,12 @@ def begins() -> dict[str, list[float]]:
 
 def two_ranks(folder: Path):
     write(folder)
-    found, begun = read(folder), begins()
+    found, starts = read(folder), begins()
     failures = [
         fail(folder / f"disk-{stage}-{rank}", stage, rank) for stage in (1, 2, 3) for rank in (0, 1)
     ]
     if dist.get_rank() == 0:
-        torch.save((found, failures, begun), folder / "two.pt")
+        torch.save((found, failures, starts), folder / "two.pt")
 
 
 def join():
@@ -243,8 +243,8 @@ def matrix(group, tmp_path_factory):
     folder = tmp_path_factory.mktemp("matrix")
     write(folder)
     launch([str(folder)], 2, "tests/test_checkpoint.py")
-    found, failures, begun = torch.load(folder / "two.pt", weights_only=False)
-    return folder, found | read(folder), failures, begun | begins()
+    found, failures, starts = torch.load(folder / "two.pt", weights_only=False)
+    return folder, found | read(folder), failures, starts | begins()
 
 
 def test_on_any_ranks_and_stage_a_run_goes_on_as_if_undisturbed(matrix):
@@ -273,9 +273,9 @@ def test_weights_are_the_engines_fp32_master_weights(matrix):
 
 
 def test_in_half_precision_the_master_weights_begin_with_all_their_digits(matrix):
-    *_, begun = matrix
-    assert len(begun) == 2 * 3 * 2 * 2 * 2  # ranks, stages, kinds, precisions, offload
-    for name, (before, after, rounded) in begun.items():
+    *_, starts = matrix
+    assert len(starts) == 2 * 3 * 2 * 2 * 2  # ranks, stages, kinds, precisions, offload
+    for name, (before, after, rounded) in starts.items():
         assert before > 1e-5 and after == rounded == 0, name  # DeepSpeed's own are rounded
 
 
@@ -587,13 +587,13 @@ def test_the_job_goes_on_with_another_stage_or_micro_batch_but_not_another_beta(
     argv, ds_config, tmp_path, capsys
 ):
     import train_inpo
-    from training import run
+    from training.folder import read_metrics
 
     def go(out: str, **flags) -> list[float]:
         # One cell of timesteps: a cell belongs to a micro-step.
         given = {"out": tmp_path / out, "checkpoint_every": 2, "inversion_steps": 1} | flags
         train_inpo.main(argv(**given))
-        return [line["loss"] for line in run.read_metrics(tmp_path / out)]
+        return [line["loss"] for line in read_metrics(tmp_path / out)]
 
     expected = go("whole", steps=4)
     go("begin", steps=2)

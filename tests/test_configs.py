@@ -12,7 +12,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 import train_inpo
 from system import processes
 from system.files import ROOT
-from training import plan, run
+from training import plan
+from training.folder import read_metrics
 
 FILES = [ROOT / "ds_config.json", *sorted((ROOT / "configs").glob("*.json"))]
 HALF = [file for file in FILES if file.stem != "cpu"]
@@ -27,7 +28,7 @@ def test_every_file_trains_in_its_own_precision(file, argv, tmp_path, monkeypatc
     # Without this, half precision is taken out where there is no GPU.
     monkeypatch.setattr(plan, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "gpu"))
     train_inpo.main(argv(ds_config=file, lr=1e-3, steps=2))
-    lines = run.read_metrics(tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["implicit_accuracy"] == 0.5 and lines[0]["loss"] == pytest.approx(
         0.6931, abs=1e-4

@@ -13,7 +13,7 @@ from loss import inpo_loss, kto_loss
 from system import processes
 from system.files import UserError
 from training import guard
-from training.guard import GROWTH, STREAK, WINDOW, Broken, Watch
+from training.guard import GROWTH, STREAK, WINDOW, NonFiniteSteps, Watch
 
 # -------------------------------------------------------------------------------------------------
 # Watch.
@@ -81,11 +81,11 @@ def test_drift_is_named_when_both_errors_have_grown_and_not_one_alone():
 
 
 # -------------------------------------------------------------------------------------------------
-# Broken.
+# Non-finite steps.
 
 
 class Engine:
-    """The part of DeepSpeed's engine that Broken sees."""
+    """The part of DeepSpeed's engine that NonFiniteSteps sees."""
 
     def __init__(self, module=None):
         self.module, self.applied = module or torch.nn.Linear(2, 2), False
@@ -108,7 +108,7 @@ def note(broken, loss_of_5=math.nan, err_ref=True):
 
 def stop(tmp_path, module=None, steps=(12, 13, 14), **values) -> tuple[str, dict]:
     """The sentence and the file of a run that is stopped at the last of these steps."""
-    broken, engine = Broken(tmp_path, 1, len(steps)), Engine(module)
+    broken, engine = NonFiniteSteps(tmp_path, 1, len(steps)), Engine(module)
     for step in steps[:-1]:
         note(broken, **values)
         broken.after_step(step, engine)
@@ -143,7 +143,7 @@ def test_the_report_names_pairs_rows_timesteps_and_what_is_not_finite(tmp_path):
 
 
 def test_sft_has_winners_alone_and_kto_a_loss_an_image(tmp_path):
-    broken = Broken(tmp_path, 0, 1)
+    broken = NonFiniteSteps(tmp_path, 0, 1)
     x = torch.tensor([1.0, math.inf])
     broken.note([0, 1], [0, 1], ["", ""], torch.tensor([3, 4]), x, None, x)
     with pytest.raises(UserError):
@@ -166,7 +166,7 @@ def test_what_is_likely_follows_from_where_it_broke(tmp_path):
 
 
 def test_only_steps_in_a_row_count_and_a_step_forgets_the_one_before(tmp_path):
-    broken, engine = Broken(tmp_path, 0, 3), Engine()
+    broken, engine = NonFiniteSteps(tmp_path, 0, 3), Engine()
     for step, engine.applied in enumerate([False, False, True] * 5, 1):
         note(broken)
         broken.after_step(step, engine)
@@ -199,9 +199,9 @@ def train(stage: int, precision: str, broken_micro=None, armed=True, **zero):
             "steps_per_print": 10**9,
         },
     )  # fmt: skip
-    broken, applied = Broken(None, 0, 9), []
+    broken, applied = NonFiniteSteps(None, 0, 9), []
     if armed:
-        guard.arm(engine)
+        guard.skip_nonfinite_steps(engine)
     for step in range(4):
         if step == 1 and broken_micro is None:
             continue
@@ -235,8 +235,8 @@ def test_training_goes_on_after_a_skipped_step_as_if_it_had_not_been(stage, prec
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_without_arm_and_a_norm_deepspeed_applies_nan_in_fp32(stage):
-    assert train(stage, "fp32", 0, armed=False, **NORMLESS)[0].isnan().any()  # arm has a reason
+def test_without_skip_nonfinite_steps_and_a_norm_deepspeed_applies_nan_in_fp32(stage):
+    assert train(stage, "fp32", 0, armed=False, **NORMLESS)[0].isnan().any()
 
 
 def test_the_limit_lets_the_loss_scale_fall_to_its_minimum_and_comes_before_deepspeeds_error():

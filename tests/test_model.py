@@ -364,7 +364,7 @@ def assert_same_weights(left, right, **tolerance):
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
+def on_hub(monkeypatch, tmp_path):
     """hub(folder) -> a hub id whose files are in the cache, as they are once downloaded."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 

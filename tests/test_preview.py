@@ -26,6 +26,7 @@ from evaluation import scorers
 from system import processes
 from system.files import UserError
 from training import preview
+from training.folder import delete_unfinished, read_metrics
 
 PROMPTS = ["one", "two", "three", "four"]
 
@@ -222,8 +223,8 @@ def test_other_ranks_write_nothing_and_take_rank_0s_answer(drawn, monkeypatch):
 
 def test_a_kill_at_any_instant_leaves_best_as_best_json_says_or_no_best_json(tmp_path, monkeypatch):
     args = Namespace(
-        out=tmp_path, guidance=1.0, micro_batch=1, judge="clip", scorer_folder=None, sample_prompts=None,
-        data="pairs",
+        out=tmp_path, guidance=1.0, micro_batch=1, judge="clip", scorer_folder=None,
+        sample_prompts=None, data="pairs",
     )  # fmt: skip
     one, left = preview.Preview(args), []
 
@@ -262,6 +263,7 @@ def test_a_kill_at_any_instant_leaves_best_as_best_json_says_or_no_best_json(tmp
         if countdown >= 0:
             break
     assert left[0] == 1 and left[-1] == 2 and None in left and 8 <= len(left) < 20
+    delete_unfinished(tmp_path)  # as the next job does at its start
     assert {path.name for path in tmp_path.iterdir()} == {"best", "best.json"}
 
 
@@ -351,7 +353,7 @@ def test_best_is_the_model_of_its_step_also_after_a_crash(flags, argv, tmp_path,
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     assert events.Scalars("judge/mean")[-1].value == pytest.approx(0.6)
     assert events.Scalars("train/loss")[-1].step == 4  # the monitor has not failed on a name
-    assert all(line["seconds"] > 0 for line in train_inpo.run.read_metrics(out))
+    assert all(line["seconds"] > 0 for line in read_metrics(out))
 
 
 @pytest.mark.parametrize("instant", ["a kill after the checkpoint", "a signal amid drawing"])
@@ -381,7 +383,7 @@ def test_what_a_step_shows_is_made_on_resume_where_the_run_stopped_before(
 
     with monkeypatch.context() as only, pytest.raises(SystemExit) as stop:
         if "kill" in instant:
-            only.setattr(train_inpo.run.Run, "export", kill)
+            only.setattr(train_inpo.Run, "export", kill)
         else:
             only.setattr(model, "sample", signal_at_the_first_of_step_2)
         train()
@@ -410,7 +412,7 @@ def test_a_full_disk_costs_the_best_model_but_not_the_run(argv, tmp_path, monkey
     assert stop.value.code == 2 and said.count("the aligned model was not written") == 1
     for name in ("best", "unets/step_000001", "unets/step_000002"):
         assert f"Warning: {out / name} was not written" in said
-    assert [line["step"] for line in train_inpo.run.read_metrics(out)] == [1, 2]
+    assert [line["step"] for line in read_metrics(out)] == [1, 2]
     assert [line["step"] for line in lines(out)] == [0, 1, 2]
     assert not list(out.glob("best*"))
 

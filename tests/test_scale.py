@@ -8,7 +8,7 @@ import torch
 from by_hand import steps
 from launch import launch
 
-from training import run
+from training.folder import read_metrics
 
 STAGES, WORLDS = (1, 2, 3), (1, 2, 4)
 
@@ -61,7 +61,7 @@ def test_every_stage_and_number_of_processes_is_the_loop_by_hand(flags, tmp_path
             todo.append([*flags("full", 3, 2), f"--out={cells}", *many])
         (tmp_path / "todo.json").write_text(json.dumps(todo))
         launch([str(tmp_path / "todo.json")], world, "tests/many.py")
-    assert len(run.read_metrics(cells)) == 3
+    assert len(read_metrics(cells)) == 3
     for kind in kinds:
         expected, losses = steps(flags(kind))
         moved = distance(expected, start)
@@ -71,4 +71,4 @@ def test_every_stage_and_number_of_processes_is_the_loop_by_hand(flags, tmp_path
                 out = tmp_path / f"{kind}-{stage}-{world}"
                 away = distance(weights(out, base), expected)
                 assert away < 1e-3 * moved, (kind, stage, world)
-                assert [x["loss"] for x in run.read_metrics(out)] == pytest.approx(losses, rel=1e-3)
+                assert [x["loss"] for x in read_metrics(out)] == pytest.approx(losses, rel=1e-3)

@@ -1,6 +1,7 @@
 """Laws of the job: train_inpo.py, plan.py and run.py, on random checkpoints."""
 
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -32,11 +33,20 @@ from system import processes
 from system.files import ROOT, UserError
 from training import lora, plan, run
 from training.flags import parse
+from training.folder import (
+    alone,
+    check_folder,
+    differences,
+    lock,
+    read_metrics,
+    result_settings,
+)
 from training.latents import draw_timesteps, generators, stratum
+from training.run import Run
 
 
 def metrics(out) -> list[dict]:
-    return run.read_metrics(Path(out))
+    return read_metrics(Path(out))
 
 
 def weights(out) -> dict[str, torch.Tensor]:
@@ -241,7 +251,7 @@ def test_both_architectures_and_prediction_types_train(
 
 
 def test_the_saved_pipeline_samples_what_the_trained_one_did(argv, tmp_path, monkeypatch):
-    drawn, finish = [], run.Run.finish
+    drawn, finish = [], Run.finish
 
     def spy(self, engine, start, *rest):
         pipeline = start()
@@ -249,7 +259,7 @@ def test_the_saved_pipeline_samples_what_the_trained_one_did(argv, tmp_path, mon
         drawn.extend(model.sample(pipeline, ["a red circle"] * 2, [3, 4], 3, 2.0))
         finish(self, engine, start, *rest)
 
-    monkeypatch.setattr(run.Run, "finish", spy)
+    monkeypatch.setattr(Run, "finish", spy)
     train_inpo.main(argv())
     pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "run")
     pipeline.set_progress_bar_config(disable=True)
@@ -477,23 +487,23 @@ def test_a_folder_with_another_run_is_refused_with_the_differing_keys(argv, caps
 def test_a_run_goes_on_with_any_shipped_configuration_of_its_precision():
     files = [ROOT / "ds_config.json", *(ROOT / "configs").glob("*.json")]
     configs = {file.stem: {"ds_config": json.loads(file.read_text())} for file in files}
-    kinds = {name: run.essence(asked).keys() for name, asked in configs.items()}
+    kinds = {name: result_settings(asked).keys() for name, asked in configs.items()}
     for a, b in itertools.permutations(configs, 2):
-        differ = run.differences(configs[a], configs[b])
+        differ = differences(configs[a], configs[b])
         assert (differ == "") == (kinds[a] == kinds[b]), (a, b, differ)
     assert sum(keys == kinds["ds_config"] for keys in kinds.values()) >= 5
-    assert run.essence(run.essence(configs["zero3"])) == run.essence(configs["zero3"])
+    assert result_settings(result_settings(configs["zero3"])) == result_settings(configs["zero3"])
 
     def optimizer(kind: str, **params) -> dict:
         return {"ds_config": {"optimizer": {"type": kind, "params": params}}}
 
     plain = optimizer("AdamW", lr=1)
     for other in ({"fused": True}, {"foreach": False}, {"torch_adam": True, "adam_w_mode": False}):
-        assert run.differences(plain, optimizer("AdamW", lr=1, **other)) == ""
+        assert differences(plain, optimizer("AdamW", lr=1, **other)) == ""
     for other in (optimizer("AdamW", lr=1, eps=1), optimizer("Adam", lr=1), optimizer("AdamW")):
-        assert run.differences(plain, other).startswith("ds_config.optimizer: {")
+        assert differences(plain, other).startswith("ds_config.optimizer: {")
     decay = optimizer("Adam", adam_w_mode=True), optimizer("Adam", adam_w_mode=False)
-    assert run.differences(*decay)  # for Adam it says where the decay goes
+    assert differences(*decay)  # for Adam it says where the decay goes
 
 
 # -------------------------------------------------------------------------------------------------
@@ -509,40 +519,40 @@ def test_a_full_disk_at_the_start_is_one_sentence_that_names_the_file_and_harms_
         sentence = refuse(command, capsys)
     assert f"{out / 'run.json'} cannot be written (File too large)" in sentence
     assert [path.name for path in out.iterdir()] == [".lock"]
-    for folder in ("samples", "checkpoints"):  # as an earlier version left them
-        (out / folder).mkdir()
-    (out / "run.json.new").write_text("{")
+    for name in ("samples", "checkpoints"):
+        (out / name).mkdir()
+    (out / "run.json.0f0f0f0f.new").write_text("{")
     train_inpo.main(command)
     assert (out / "README.md").exists()
 
 
 def test_a_folder_is_free_if_it_has_no_more_than_empty_leavings_of_a_start(tmp_path):
     (tmp_path / "samples").mkdir()
-    run.check_folder(tmp_path, {})
+    check_folder(tmp_path, {})
     for taken in ("samples/1.png", "checkpoints", "notes.txt", ".locked"):
         (tmp_path / taken).write_text("")
         with pytest.raises(UserError, match="holds files of something else"):
-            run.check_folder(tmp_path, {})
+            check_folder(tmp_path, {})
         (tmp_path / taken).unlink()
-    run.check_folder(tmp_path, {})
+    check_folder(tmp_path, {})
 
 
 def test_a_second_job_in_the_folder_is_refused_until_the_first_ends(argv, tmp_path, capsys):
     processes.join()
     out = tmp_path / "run"
-    with run.alone(out):
+    with alone(out):
         assert f"--out {out}: another job is writing there" in refuse(argv(steps=1), capsys)
         assert [path.name for path in out.iterdir()] == [".lock"]
         train_inpo.main([*argv(steps=1), "--dry-run"])  # writes nothing
     train_inpo.main(argv(steps=1))
-    with run.alone(out):
+    with alone(out):
         train_inpo.main(argv(steps=1))  # has finished: writes nothing
     assert "has finished" in capsys.readouterr().out
 
 
 def test_the_lock_ends_with_its_process_however_it_ends_and_not_with_its_children(tmp_path):
-    code = "import subprocess; from pathlib import Path; from training import run;"
-    code += "lock = run.lock(Path('.'));"
+    code = "import subprocess; from pathlib import Path; from training import folder;"
+    code += "descriptor = folder.lock(Path('.'));"
     code += "print(subprocess.Popen(['sleep', '60'], close_fds=False).pid, flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -550,11 +560,11 @@ def test_the_lock_ends_with_its_process_however_it_ends_and_not_with_its_childre
     worker = int(next(line for line in holder.stdout if line.strip().isdigit()))
     try:
         with pytest.raises(UserError, match="another job"):
-            run.lock(tmp_path)
+            lock(tmp_path)
         holder.kill()
         holder.wait()
         os.kill(worker, 0)  # it lives
-        os.close(run.lock(tmp_path))
+        os.close(lock(tmp_path))
     finally:
         os.kill(worker, signal.SIGKILL)
 
@@ -563,8 +573,8 @@ def test_where_the_file_system_has_no_locks_a_run_goes_on(tmp_path, monkeypatch)
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run.fcntl, "flock", flock)
-    os.close(run.lock(tmp_path))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    os.close(lock(tmp_path))
 
 
 def test_the_launcher_passes_exit_code_2_on(argv):

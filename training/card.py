@@ -23,14 +23,14 @@ METHODS = {
 
 def facts(args: argparse.Namespace, asked: dict, adapters: bool, pairs: int, world: int) -> dict:
     """What is to be said of a run, as JSON holds it. asked: its flags. pairs: of the data."""
-    hub = {name: hub.PRESETS[name] for name in ("sdxl", "sd15")} | {"tiny": "assets/tiny-sdxl"}
+    names = hub.PRESETS | {"tiny": "assets/tiny-sdxl"}
     recipe = {key: value for key, value in asked.items() if key != "ds_config"}
     argv = [word for word in sys.argv if not word.startswith("--local_rank")]
     return {
         "title": f"{Path(args.model).name}-{args.method}" + "-lora" * adapters,
         "method": args.method,
-        "base_model": hub.get(args.model, args.model),
-        "unet": args.unet and hub.get(args.unet, args.unet),
+        "base_model": names.get(args.model, args.model),
+        "unet": args.unet and names.get(args.unet, args.unet),
         "unet_subfolder": args.unet and hub.part_of(args.unet, "unet")[1],
         "adapters": adapters,
         "merged": args.lora if args.lora_start == "merge" else None,

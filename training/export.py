@@ -24,7 +24,8 @@ import model
 from system import checkpoint
 from system.files import UserError
 from system.program import HelpFormatter, reported
-from training import card, lora, plan, run
+from training import card, lora, plan
+from training.folder import read_metrics
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -103,7 +104,7 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
     if kind != "lora" and adapters:
         unet.fuse_lora(safe_fusing=True)
         unet.unload_lora()
-    lines = [line for line in run.read_metrics(folder) if line["step"] <= step]
+    lines = [line for line in read_metrics(folder) if line["step"] <= step]
     scratch = out.with_name(f"{out.name}.partial")
     try:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,10 +1,12 @@
-"""What goes wrong in preference training, noticed early: `Watch` reads the metrics, `Broken` stops
-a run whose steps stay non-finite and writes down where. Needs torch alone.
+"""What goes wrong in preference training, noticed early. Needs torch alone.
 
-    arm(engine)                                                  # after deepspeed.initialize
-    watch, broken = Watch(), Broken(out, rank, limit(ds_config))
-    broken.note(n, rows, captions, t, err, err_ref, losses)      # each micro-step, without a sync
-    broken.after_step(step, engine)                              # each step; may raise UserError
+`Watch` reads the metrics; `NonFiniteSteps` stops a run whose steps stay non-finite and writes down
+where.
+
+    skip_nonfinite_steps(engine)                                 # after deepspeed.initialize
+    watch, nonfinite = Watch(), NonFiniteSteps(out, rank, limit(ds_config))
+    nonfinite.note(n, rows, captions, t, err, err_ref, losses)   # each micro-step, without a sync
+    nonfinite.after_step(step, engine)                           # each step; may raise UserError
     for sentence in watch(line): ...                             # each line of metrics.jsonl
 """
 
@@ -54,7 +56,7 @@ class Watch:
                 f"Step {step}: the loss is exactly 0 (mean margin {line['margin']:.4g}): no pair "
                 "has a gradient, all are past the range of the sigmoid in fp32. Likely --lr or "
                 "--beta is too large (take a tenth), or the files of --model or --unet, which are "
-                "the reference, changed since the run began.",
+                "the reference, changed since the run started.",
             )
         streak = self.recent[-STREAK:]
         seen = {one["implicit_accuracy"] for one in streak} if len(streak) == STREAK else set()
@@ -114,7 +116,7 @@ def limit(ds_config: dict) -> int:
     return max(5, fp16.get("hysteresis", 2) - 1 + math.ceil(halvings))
 
 
-class Broken:
+class NonFiniteSteps:
     """Counts the steps in a row that DeepSpeed skipped since a gradient was not finite.
 
     out: the run's folder. limit: of such steps, see `limit`. Skipping is agreed on by all ranks, so
@@ -222,7 +224,7 @@ def _plain(node):
 # DeepSpeed 0.19.8.
 
 
-def arm(engine):
+def skip_nonfinite_steps(engine):
     """Let ZeRO-1 and -2 skip non-finite steps under every configuration.
 
     In fp32 they do not look at the gradients themselves (engine.py, _configure_zero_optimizer) but

@@ -275,7 +275,9 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
     inversion = (plan.strata + 1) / 2  # the mean of 1..strata
     calls, flops = work(args, plan, inversion)
     takes = [f"{inversion:g} to invert"] * (args.method == "inpo")
-    takes += ["1 reference"] * (args.method != "sft") + [f"{3 - lora.trains_adapters(args)} to train"]
+    takes += ["1 reference"] * (args.method != "sft") + [
+        f"{3 - lora.trains_adapters(args)} to train"
+    ]
     stage = plan.ds_config.get("zero_optimization", {}).get("stage", 0)
     released = " (released: Adafactor, which ZeRO would show flat partitions)"
     released *= plan.architecture == "sdxl" and args.method != "kto"

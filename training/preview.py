@@ -26,7 +26,7 @@ import model
 import toy
 from evaluation import figures, prompts, scorers
 from evaluation.published import TOY
-from system.files import UserError
+from system.files import UserError, replacing, write
 from system.processes import is_main, print0, share
 
 PROMPTS = (
@@ -45,22 +45,14 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return toy.prompts("heldout") if args.data == "toy" else list(PROMPTS)
 
 
-def replace(file: Path, text: str):
-    """Write a file beside, then rename it: a kill or a full disk leaves the old one. The OSError of
-    a full disk, which names no file, gets its name."""
-    scratch = file.with_name(f"{file.name}.new")
-    try:
-        scratch.write_text(text)
-        scratch.replace(file)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(file)) from error
-
-
 class Preview:
     def __init__(self, args: argparse.Namespace):
         self.out, self.guidance, self.batch = args.out, args.guidance, args.micro_batch
-        self.prompts, self.name, self.scorer_folder = read_prompts(args), args.judge, args.scorer_folder
+        self.prompts, self.name, self.scorer_folder = (
+            read_prompts(args),
+            args.judge,
+            args.scorer_folder,
+        )
         self.judge = None
 
     def draw(self, pipeline, step: int, pause: Callable[[], None]) -> tuple[dict | None, bool]:
@@ -96,8 +88,8 @@ class Preview:
         columns = {f"step {step}": images}
         if step == 0:
             for image, path in zip(images, self.starts(), strict=True):
-                image.save(path.with_suffix(".new"), "PNG")
-                path.with_suffix(".new").replace(path)
+                with replacing(path) as scratch:
+                    image.save(scratch, "PNG")
         if all(path.exists() for path in self.starts()):  # pictures may have been off at first
             columns = {"start": [Image.open(path) for path in self.starts()], **columns}
         rows = [list(row) for row in zip(*columns.values(), strict=True)][:ROWS]
@@ -121,24 +113,20 @@ class Preview:
         file = self.out / "scores.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
         lines = [one for one in map(json.loads, lines) if one["step"] < step]  # not undone
-        replace(file, "".join(json.dumps(one) + "\n" for one in [*lines, line]))
+        write(file, "".join(json.dumps(one) + "\n" for one in [*lines, line]))
         rivals = [one["mean"] for one in lines if one["scorer"] == self.name]  # --judge may change
         return line, line["mean"] > max([line["start"], *rivals])
 
-    def keep(self, line: dict, write: Callable[[Path], None]):
-        """Make what write(folder) writes best/, of the scores `line`; rank 0.
+    def keep(self, line: dict, write_model: Callable[[Path], None]):
+        """Make what write_model(folder) writes best/, of the scores `line`; rank 0.
 
         A kill leaves best/ as best.json says it is, or no best.json."""
-        folder, scratch, file = (self.out / name for name in ("best", "best.new", "best.json"))
-        try:
-            shutil.rmtree(scratch, ignore_errors=True)
-            write(scratch)
+        folder, file = self.out / "best", self.out / "best.json"
+        with replacing(folder) as scratch:
+            write_model(scratch)
             file.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
-            scratch.rename(folder)
-            replace(file, json.dumps(line, indent=2) + "\n")
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        write(file, json.dumps(line, indent=2) + "\n")
 
     def score(self, images: list[Image.Image]) -> np.ndarray:
         self.judge = self.judge or scorers.load(self.name, self.scorer_folder)  # on the CPU

@@ -1,19 +1,4 @@
-"""One run's folder: configuration, metrics, sample pictures, checkpoints, and the pipeline at last.
-
-    run.json                what was asked for; the same command resumes, another one is refused
-    card.json               what the model card says of it
-    metrics.jsonl           one line an optimizer step
-    tensorboard/            the same, through DeepSpeed's monitor
-    samples/                pictures of fixed prompts and seeds, the start beside the current model
-    scores.jsonl, best/     how --judge likes these pictures, and the model that it liked best
-    checkpoints/            of all ranks; see checkpoint.py
-    .lock                   held by the job that writes here
-    unets/                  models exported on the way, fp32
-    nonfinite/              what to look at where steps failed; see guard.py
-    curves.png, README.md   training curves, model card
-    cost.json               UNet calls, FLOPs, time, memory; see cost.py
-    model_index.json, ...   the aligned pipeline in diffusers layout, written at the end; of a LoRA
-                            run pytorch_lora_weights.safetensors, for load_lora_weights
+"""A run in progress, seen from every rank: metrics, pictures, checkpoints, the model at the end.
 
 Every method is called by all ranks and is safe there: files are written by rank 0, except for
 checkpoints, whose writing is collective. Randomness is a function of (seed, step), so a checkpoint
@@ -23,15 +8,13 @@ holds engine and step, no more. A full disk costs files, with a warning, but not
 import argparse
 import contextlib
 import errno
-import fcntl
 import functools
 import json
 import math
-import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
@@ -43,129 +26,11 @@ from tqdm import tqdm
 import model
 from evaluation import figures
 from system import checkpoint
-from system.files import UserError
+from system.files import UserError, write
 from system.processes import Stop, agree, code_version, is_main, on_main, print0, shares_folder
-from training import card, guard, lora
-from training.preview import Preview, replace
-
-# What may differ when a run goes on: flags, and keys of ds_config.json.
-HARMLESS = {"steps", "workers", "micro_batch", "judge", "keep", "keep_every"}
-HARMLESS |= {"sample_every", "checkpoint_every", "export_every", "code"}
-ENGINE = {"zero_optimization", "communication_data_type", "zero_force_ds_cpu_optimizer"}
-ENGINE |= {"tensorboard", "csv_monitor", "wandb", "steps_per_print", "wall_clock_breakdown"}
-KERNELS = {"torch_adam", "fused", "foreach"}  # of ds_config's optimizer: how, not what
-LOCK = ".lock"  # in a run's folder
-FOUND = {"data_fingerprint", "start_identity"}  # in run.json, beside what was asked for
-
-
-# -------------------------------------------------------------------------------------------------
-# The folder.
-
-
-def essence(asked: dict) -> dict:
-    """What decides the result, of what was asked for: flat, and without what may change. An essence
-    is its own essence."""
-    kept = {key: asked[key] for key in asked if key not in HARMLESS and key != "ds_config"}
-    config = asked.get("ds_config") or {}
-    kept |= {f"ds_config.{key}": config[key] for key in config if key not in ENGINE}
-    if optimizer := kept.get("ds_config.optimizer"):
-        adamw = optimizer.get("type", "").lower() == "adamw"  # adam_w_mode is for Adam alone
-        how = KERNELS | ({"adam_w_mode"} if adamw else set())
-        params = {k: v for k, v in optimizer.get("params", {}).items() if k not in how}
-        kept["ds_config.optimizer"] = optimizer | {"params": params}
-    return kept
-
-
-def differences(there: dict, now: dict) -> str:
-    """Keys that differ, with both values, in words; "" where the two decide the same result."""
-    there, now = essence(there), essence(now)
-    found = FOUND - (there.keys() & now.keys())  # not known yet on one side
-    return "; ".join(
-        f"{key}: {there.get(key)} there, {now.get(key)} now"
-        for key in sorted((there.keys() | now.keys()) - found)
-        if there.get(key) != now.get(key)
-    )
-
-
-def check_folder(out: Path, asked: dict):
-    """Raises UserError where `out` cannot be written to, holds something else, or a run that was
-    asked for differently."""
-    record, place = out / "run.json", out
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder.")
-    while not place.exists():
-        place = place.parent
-    if not os.access(place, os.W_OK):
-        raise UserError(f"--out {out}: {place} cannot be written to; name another folder.")
-    if not record.exists():
-        if out.exists() and not all(map(is_ours, out.iterdir())):
-            raise UserError(f"--out {out}: holds files of something else; name an empty folder.")
-        return
-    try:
-        there = json.loads(record.read_text())
-    except ValueError as error:
-        raise UserError(
-            f"--out {out}: its run.json is damaged ({error}); name another folder."
-        ) from error
-    if differ := differences(there, asked):
-        raise UserError(
-            f"--out {out}: holds another run ({differ}); name another folder, or repeat that run's "
-            "command to resume it."
-        )
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a start that came to nothing may have left it: no more than a name."""
-    empty = path.name in ("samples", "checkpoints") and path.is_dir() and not any(path.iterdir())
-    return empty or path.name in (LOCK, "run.json.new")
-
-
-@contextlib.contextmanager
-def alone(out: Path):
-    """Be the one job that writes to `out` while inside. Raises UserError where another one is
-    (collective). The lock is rank 0's and ends with it, however it ends."""
-    with contextlib.ExitStack() as held:
-        on_main(lambda: held.callback(os.close, lock(out)) and None)
-        yield
-
-
-def lock(out: Path) -> int:
-    """The descriptor of out/.lock, locked; Python keeps it from programs that are started."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise unwritten(out, error) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(file)
-        raise UserError(
-            f"--out {out}: another job is writing there; wait for it, or name another folder."
-        ) from error
-    except OSError:
-        pass  # a file system without locks
-    return file
-
-
-def unwritten(out: Path, error: OSError) -> UserError:
-    return UserError(
-        f"--out {out}: {error.filename} cannot be written ({error.strerror}); mend that and repeat "
-        "the command, or name another folder."
-    )
-
-
-def finished(out: Path, steps: int) -> bool:
-    """Whether the run in `out` has written its pipeline after that many steps."""
-    lines = read_metrics(out)
-    return (out / "README.md").exists() and bool(lines) and lines[-1]["step"] >= steps
-
-
-def read_metrics(out: Path) -> list[dict]:
-    """The lines of metrics.jsonl, without a last one that a kill cut short."""
-    file = out / "metrics.jsonl"
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines]
+from training import card, folder, lora
+from training.guard import NonFiniteSteps, Watch
+from training.preview import Preview
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -174,32 +39,19 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 class Run:
-    """The folder of a run in progress, seen from every rank.
-
-    record: what was asked for, with FOUND. facts: of card.py. limit: of skipped steps in a row.
+    """record: the settings with FROM_INPUTS. facts: of card.py. limit: of skipped steps in a row.
     stop: knows whether a signal came."""
 
     def __init__(self, args: argparse.Namespace, record: dict, facts: dict, limit: int, stop: Stop):
         self.args, self.out, self.record, self.stop = args, args.out, record, stop
-        self.card, self.code = facts, code_version()  # of the run's first step, once resumed
-        self.bar, self.clock, self.unwritten = None, time.time(), ""
-        self.micro, self.broken_pairs = [], 0
-        self.watch, self.broken = guard.Watch(), guard.Broken(args.out, dist.get_rank(), limit)
+        self.facts, self.code = facts, code_version()  # of the run's first step, once resumed
+        self.bar, self.clock, self.lr = None, time.time(), 0.0
+        self.micro, self.broken_pairs, self.pending = [], 0, ""
+        self.watch, self.nonfinite = Watch(), NonFiniteSteps(args.out, dist.get_rank(), limit)
         self.preview = Preview(args)
         agree(record | {"prompts": self.preview.prompts})  # record has the model's identity, too
-        on_main(self.claim)
+        on_main(lambda: folder.claim(self.out, record, facts))
         shares_folder(self.out)
-
-    def claim(self):
-        check_folder(self.out, self.record)
-        try:
-            for name, content in {"run.json": self.record, "card.json": self.card}.items():
-                replace(self.out / name, json.dumps(content, indent=2) + "\n")
-            for folder in ("samples", "checkpoints"):  # last: then run.json says whose they are
-                (self.out / folder).mkdir(exist_ok=True)
-        except OSError as error:
-            raise unwritten(self.out, error) from error
-        (self.out / "README.md").unlink(missing_ok=True)  # it comes last, and says: all is there
 
     # ----- metrics
 
@@ -207,13 +59,13 @@ class Run:
         """Remember a micro-step; nothing here waits for the GPU."""
         self.micro.append({"loss": losses.detach().mean(), **diagnostics})
         self.broken_pairs += batch["skipped"]
-        seen = batch["n"], batch["row"], batch["captions"]
-        self.broken.note(*seen, t, err, err_ref, losses)
+        pairs = batch["n"], batch["row"], batch["captions"]
+        self.nonfinite.note(*pairs, t, err, err_ref, losses)
 
-    def log(self, engine, step: int, lr: float):
+    def log(self, engine, step: int):
         """Average over micro-steps and ranks; write to file, monitor and bar; say what looks wrong.
 
-        Raises UserError where too many steps in a row failed."""
+        step: the one just taken, from 0. Raises UserError where too many in a row failed."""
         names = list(self.micro[0])
         means = torch.stack([torch.stack([one[name] for name in names]) for one in self.micro])
         means = means.mean(0) / dist.get_world_size()
@@ -225,40 +77,33 @@ class Run:
         norm, now = engine.get_global_grad_norm(), time.time()
         line |= {
             "broken_pairs": int(values[-1]),
-            "lr": lr,
+            "lr": self.lr,
             "grad_norm": None if norm is None or not math.isfinite(norm) else float(norm),
             "skipped_steps": engine.skipped_steps,
             "seconds": now - self.clock,
             "pairs_per_second": self.args.batch / (now - self.clock),
         }
-        self.clock = now
+        self.clock, self.lr = now, engine.get_lr()[0]
         if is_main():
             self.write(engine, line)
-        self.broken.after_step(step + 1, engine)
+        self.nonfinite.after_step(step + 1, engine)
 
     def write(self, engine, line: dict):
         bad = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
-        self.unwritten += json.dumps(line | bad) + "\n"  # JSON has no nan
-        self.careful("metrics.jsonl", self.append)
+        self.pending += json.dumps(line | bad) + "\n"  # JSON has no nan
+        self.warn_if_disk_full("metrics.jsonl", self.append)
         shown = {f"train/{key}": value for key, value in line.items() if value is not None}
         self.monitor(engine, shown, line["step"])
-        for words in self.watch(line):
-            self.say(f"Warning: {words}")
+        for sentence in self.watch(line):
+            self.print_above_bar(f"Warning: {sentence}")
         shown = {"loss": "loss", "acc": "implicit_accuracy"}
         self.bar.set_postfix({k: f"{line[v]:.4f}" for k, v in shown.items() if v in line})
         self.bar.update()
 
     def append(self):
-        """The new lines at the end of metrics.jsonl: all of them or none."""
-        file = self.out / "metrics.jsonl"
-        size = file.stat().st_size if file.exists() else 0
-        try:
-            with open(file, "a") as lines:
-                lines.write(self.unwritten)
-            self.unwritten = ""
-        except OSError:
-            os.truncate(file, size)
-            raise
+        """Write this step's line, and those that a full disk kept back."""
+        folder.append_metrics(self.out, self.pending)
+        self.pending = ""
 
     def monitor(self, engine, values: dict, step: int):
         """TensorBoard and the other monitors of ds_config.json; rank 0."""
@@ -266,25 +111,27 @@ class Run:
         try:
             engine.monitor.write_events(events)
         except Exception as error:
-            self.say(f"Warning: a monitor failed ({error}); metrics.jsonl goes on.")
+            self.print_above_bar(
+                f"Warning: a monitor failed ({error}) and is off now; metrics.jsonl has all values."
+            )
             engine.monitor.write_events = lambda events: None
 
-    def careful(self, name: str, action):
-        """Do it, and turn what a full disk raises into a warning; rank 0."""
+    def warn_if_disk_full(self, name: str, action: Callable[[], None]):
+        """action(); an OSError, as of a full disk, is printed as a warning; rank 0."""
         try:
             action()
         except OSError as error:
-            self.say(f"Warning: {self.out / name} was not written ({error.strerror}).")
+            self.print_above_bar(f"Warning: {self.out / name} was not written ({error.strerror}).")
 
-    def say(self, words: str):
-        """A line above the progress bar; rank 0."""
-        tqdm.write(words, file=sys.stderr)
+    def print_above_bar(self, line: str):
+        """Rank 0."""
+        tqdm.write(line, file=sys.stderr)
 
-    # ----- pictures and models on the way
+    # ----- pictures and models during training
 
     def show(self, engine, pipeline, step: int):
-        """Export and draw, where `step` is due: after its checkpoint, for which a signal to stop
-        does not have to wait then. A run that resumes at `step` does it again, to the same end."""
+        """Export and draw where `step` is due: after its checkpoint, so that a signal to stop does
+        not have to wait for them. A run that resumes at `step` does both again."""
         if step and due(step, self.args.export_every, self.args.steps):
             self.export(engine, self.out / "unets" / f"step_{step:06d}")
         if due(step, self.args.sample_every, self.args.steps):
@@ -300,57 +147,52 @@ class Run:
         if best:
             weights = full_weights(engine)
             if is_main():
-                write = functools.partial(write_model, engine.module, weights)
-                self.careful("best", lambda: self.preview.keep(scores, write))
+                write_best = functools.partial(write_model, engine.module, weights)
+                self.warn_if_disk_full("best", lambda: self.preview.keep(scores, write_best))
         self.clock += time.time() - clock  # drawing is not training
 
-    def export(self, engine, folder: Path):
+    def export(self, engine, target: Path):
         """Write the model as it is, for evaluate.py: a UNet, or the adapters (collective)."""
         clock, weights = time.time(), full_weights(engine)
         if is_main():
-            name = str(folder.relative_to(self.out))
-            self.careful(name, lambda: write_model(engine.module, weights, folder))
+            name = str(target.relative_to(self.out))
+            self.warn_if_disk_full(name, lambda: write_model(engine.module, weights, target))
         self.clock += time.time() - clock
 
     # ----- checkpoints
 
     def save(self, engine, step: int) -> str | None:
-        """Write a checkpoint (collective); where that fails, say so, go on, and return why."""
+        """Write a checkpoint (collective). Where that fails, warn, and return why."""
         clock, keep, every = time.time(), self.args.keep, self.args.keep_every
-        folder, run = self.out / "checkpoints", essence(self.record) | {"code": self.code}
-        failure = checkpoint.save(engine, step, folder, run, keep, every)
+        settings = folder.result_settings(self.record) | {"code": self.code}
+        failure = checkpoint.save(engine, step, self.out / "checkpoints", settings, keep, every)
         if failure and is_main():
-            self.say(
+            self.print_above_bar(
                 f"Warning: no checkpoint of step {step} ({failure}); the older ones are untouched "
-                "and training goes on."
+                "and training continues."
             )
         self.clock += time.time() - clock
         return failure
 
-    def resume(self, engine, begun: Callable) -> int:
+    def resume(self, engine, start_fp32: Callable) -> int:
         """Load the newest checkpoint that is whole; its step. Later metrics are dropped.
 
         Without one, where the engine has half precision, its master weights become those of
-        begun(), the pipeline that training starts from in fp32: the engine made them of its own."""
-        folder = self.out / "checkpoints"
-        start = checkpoint.resume(engine, folder, essence(self.record), essence)
+        start_fp32(), the pipeline that training starts from: the engine made them of its own."""
+        path, settings = self.out / "checkpoints", folder.result_settings(self.record)
+        start = checkpoint.resume(engine, path, settings, folder.result_settings)
         if start:
             print0(f"Resuming {self.out} at step {start} of {self.args.steps}.")
-            now, loaded = self.code, checkpoint.read_list(folder / f"step_{start:06d}")
-            self.code = loaded["run"].get("code", now)
+            saved = checkpoint.read_list(path / f"step_{start:06d}")["run"]
+            now, self.code = self.code, saved.get("code", self.code)
             if self.code != now:
                 print0(f"The code has changed since this run began ({self.code} there, {now} now).")
         elif engine.module.dtype != torch.float32:
-            checkpoint.begin(engine, begun().unet.state_dict())
-
-        def drop():
-            kept = [line for line in read_metrics(self.out) if line["step"] <= start]
-            replace(self.out / "metrics.jsonl", "".join(json.dumps(one) + "\n" for one in kept))
-
-        on_main(drop)
+            checkpoint.set_master_weights(engine, start_fp32().unet.state_dict())
+        on_main(lambda: folder.drop_metrics(self.out, start))
         options = {"desc": self.out.name, "unit": "step", "total": self.args.steps}
         self.bar = tqdm(**options, initial=start, disable=not is_main())
-        self.clock = time.time()
+        self.clock, self.lr = time.time(), engine.get_lr()[0]
         return start
 
     def stop_if_asked(self, engine, step: int):
@@ -358,39 +200,43 @@ class Run:
         if signum := self.stop.asked():
             where = "the last checkpoint" if self.save(engine, step) else "there"
             name = signal.Signals(signum).name
-            print0(f"\nStopped by {name} at step {step}; the same command goes on from {where}.")
+            print0(f"\nStopped by {name} at step {step}; the same command resumes from {where}.")
             sys.exit(128 + signum)
 
     # ----- the end
 
-    def finish(self, engine, start: Callable, work: Callable[[], dict]):
-        """Write curves, cost, model card and the aligned pipeline in fp32. start(): the pipeline
-        that training started from, since what else it has is rounded in memory."""
+    def finish(self, engine, start_fp32: Callable, work: Callable[[], dict]):
+        """Write curves, cost, model card and the aligned pipeline in fp32. start_fp32(): the
+        pipeline that training started from, since what else it has is rounded in memory."""
         weights, memory = full_weights(engine), peak_memory(engine.device)
 
         @as_os_error()
-        def write():
+        def write_all():
             self.bar.close()
-            self.append()  # lines that a full disk kept back
+            self.append()
             if lora.attached(engine.module):
                 write_model(engine.module, weights, self.out)
             else:
-                model.save_pipeline(start(), weights, self.out)
-            lines = read_metrics(self.out)
+                model.save_pipeline(start_fp32(), weights, self.out)
+            lines = folder.read_metrics(self.out)
             spent = measured(lines, engine.device, memory)
-            (self.out / "cost.json").write_text(json.dumps(work() | spent, indent=2) + "\n")
-            title, method = self.card["title"], self.card["method"]
+            write(self.out / "cost.json", json.dumps(work() | spent, indent=2) + "\n")
+            title, method = self.facts["title"], self.facts["method"]
             figures.curves(lines, self.out / "curves.png", title, method)
-            (self.out / "README.md").write_text(card.render(self.card, lines))
+            write(self.out / "README.md", card.render(self.facts, lines))
 
         try:
-            on_main(write)
+            on_main(write_all)
         except UserError as error:
             raise UserError(
                 f"--out {self.out}: the aligned model was not written ({error}); make room and "
                 "repeat the command, which continues from the last checkpoint."
             ) from error
         print0(f"Wrote the aligned model to {self.out}.")
+
+
+# -------------------------------------------------------------------------------------------------
+# What a run measures and writes.
 
 
 def peak_memory(device: torch.device) -> int:
@@ -429,7 +275,7 @@ def full_weights(engine) -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def as_os_error():
+def as_os_error() -> Iterator[None]:
     """What safetensors raises of a full disk, an Exception, as the OSError that it is."""
     try:
         yield
@@ -438,9 +284,9 @@ def as_os_error():
 
 
 @as_os_error()
-def write_model(unet, weights: dict[str, torch.Tensor], folder: Path):
+def write_model(unet, weights: dict[str, torch.Tensor], target: Path):
     """A UNet, or its adapters as a LoRA file, in diffusers layout."""
     if lora.attached(unet):
-        lora.save(weights, unet.peft_config["default"], folder)
+        lora.save(weights, unet.peft_config["default"], target)
     else:
-        model.save_unet(dict(unet.config), weights, folder)
+        model.save_unet(dict(unet.config), weights, target)

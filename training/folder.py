@@ -1,0 +1,205 @@
+"""The folder of a run: what lies in it, who may write there, what a resumed run may change.
+
+run.json                the settings; the same command resumes, another one is refused
+card.json               what the model card says of the run
+metrics.jsonl           one line per optimizer step
+tensorboard/            the same values, through DeepSpeed's monitor
+samples/                pictures of fixed prompts and seeds, the start beside the current model
+scores.jsonl, best/     how --judge likes these pictures, and the model that it liked best
+checkpoints/            of all ranks; see checkpoint.py
+.lock                   held by the job that writes here
+unets/                  models exported during training, fp32
+nonfinite/              what to look at where steps failed; see guard.py
+curves.png, README.md   training curves, model card
+cost.json               UNet calls, FLOPs, time, memory
+model_index.json, ...   the aligned pipeline in diffusers layout, written at the end; of a LoRA
+                        run pytorch_lora_weights.safetensors, for load_lora_weights
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from system import checkpoint, files
+from system.files import UserError, write
+from system.processes import on_main
+
+# Settings a resumed run may change: flags, and keys of ds_config.json and of its optimizer.
+MAY_CHANGE = {"steps", "workers", "micro_batch", "judge", "keep", "keep_every"}
+MAY_CHANGE |= {"sample_every", "checkpoint_every", "export_every", "code"}
+ENGINE = {"zero_optimization", "communication_data_type", "zero_force_ds_cpu_optimizer"}
+ENGINE |= {"tensorboard", "csv_monitor", "wandb", "steps_per_print", "wall_clock_breakdown"}
+KERNELS = {"torch_adam", "fused", "foreach"}
+# What run.json has beside the settings; it is known only once data and model have been read.
+FROM_INPUTS = {"data_fingerprint", "start_identity"}
+
+LOCK = ".lock"
+
+# -------------------------------------------------------------------------------------------------
+# What a resumed run may change.
+
+
+def result_settings(settings: dict) -> dict:
+    """The settings that decide the result, flat, from those of a run. Idempotent."""
+    kept = {k: v for k, v in settings.items() if k not in MAY_CHANGE and k != "ds_config"}
+    config = settings.get("ds_config") or {}
+    kept |= {f"ds_config.{key}": config[key] for key in config if key not in ENGINE}
+    if optimizer := kept.get("ds_config.optimizer"):
+        adamw = optimizer.get("type", "").lower() == "adamw"  # adam_w_mode is for Adam alone
+        ignored = KERNELS | ({"adam_w_mode"} if adamw else set())
+        params = {k: v for k, v in optimizer.get("params", {}).items() if k not in ignored}
+        kept["ds_config.optimizer"] = optimizer | {"params": params}
+    return kept
+
+
+def differences(there: dict, now: dict) -> str:
+    """Settings that decide the result and differ, in words; "" where there are none."""
+    there, now = result_settings(there), result_settings(now)
+    for key in FROM_INPUTS - (there.keys() & now.keys()):  # one side does not know it yet
+        there.pop(key, None)
+        now.pop(key, None)
+    return files.differences(there, now)
+
+
+# -------------------------------------------------------------------------------------------------
+# Who may write here.
+
+
+def check_folder(out: Path, settings: dict):
+    """Raises UserError where `out` cannot be written to, or holds something else or another run."""
+    record, place = out / "run.json", out
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder.")
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK):
+        raise UserError(f"--out {out}: {place} cannot be written to; name another folder.")
+    if not record.exists():
+        if out.exists() and not all(map(is_ours, out.iterdir())):
+            raise UserError(f"--out {out}: holds files of something else; name an empty folder.")
+        return
+    try:
+        there = json.loads(record.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"--out {out}: its run.json is damaged ({error}); name another folder."
+        ) from error
+    if differ := differences(there, settings):
+        raise UserError(
+            f"--out {out}: holds another run ({differ}); name another folder, or repeat that run's "
+            "command to resume it."
+        )
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a run that was killed before its run.json was written may have left this."""
+    if path.name in ("samples", "checkpoints"):
+        return path.is_dir() and not any(path.iterdir())
+    return path.name == LOCK or (path.name.startswith("run.json.") and path.suffix == ".new")
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the lock of `out` while inside. Raises UserError where another job holds it
+    (collective). The lock is rank 0's, and ends with that process, however it ends."""
+    with contextlib.ExitStack() as held:
+
+        def hold():
+            held.callback(os.close, lock(out))
+
+        on_main(hold)
+        yield
+
+
+def lock(out: Path) -> int:
+    """The descriptor of out/.lock, locked; Python keeps it from programs that are started."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise not_written(out, error) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(file)
+        raise UserError(
+            f"--out {out}: another job is writing there; wait for it, or name another folder."
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def claim(out: Path, record: dict, facts: dict):
+    """Make `out`, whose lock is held, this run's. Raises UserError."""
+    check_folder(out, record)
+    try:
+        write(out / "run.json", json.dumps(record, indent=2) + "\n")
+        write(out / "card.json", json.dumps(facts, indent=2) + "\n")
+        for name in ("samples", "checkpoints"):  # after run.json, which says whose they are
+            (out / name).mkdir(exist_ok=True)
+        delete_unfinished(out)
+        (out / "README.md").unlink(missing_ok=True)  # written last: it marks a finished run
+    except OSError as error:
+        raise not_written(out, error) from error
+
+
+def delete_unfinished(out: Path):
+    """Delete what a killed job had begun to write beside its files, see `replacing`."""
+    for scratch in (*out.glob("*.new"), *out.glob("samples/*.new")):
+        if scratch.is_dir():
+            shutil.rmtree(scratch)
+        else:
+            scratch.unlink()
+
+
+def not_written(out: Path, error: OSError) -> UserError:
+    return UserError(
+        f"--out {out}: {error.filename} cannot be written ({error.strerror}); mend that and repeat "
+        "the command, or name another folder."
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# How far the run is.
+
+
+def finished(out: Path, steps: int) -> bool:
+    """Whether the run in `out` has written its pipeline after that many steps."""
+    lines = read_metrics(out)
+    return (out / "README.md").exists() and bool(lines) and lines[-1]["step"] >= steps
+
+
+def resumes_at(out: Path) -> int:
+    """The step of the newest complete checkpoint in `out`, or 0; its files are not verified."""
+    found = checkpoint.complete(out / "checkpoints")
+    return checkpoint.step_of(found[0]) if found else 0
+
+
+def read_metrics(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without a last one that a kill cut short."""
+    file = out / "metrics.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def drop_metrics(out: Path, step: int):
+    """Delete the lines of metrics.jsonl after that step."""
+    kept = [line for line in read_metrics(out) if line["step"] <= step]
+    write(out / "metrics.jsonl", "".join(json.dumps(one) + "\n" for one in kept))
+
+
+def append_metrics(out: Path, lines: str):
+    """Add lines to metrics.jsonl: all of them, or none where the disk is full."""
+    file = out / "metrics.jsonl"
+    size = file.stat().st_size if file.exists() else 0
+    try:
+        with open(file, "a") as end:
+            end.write(lines)
+    except OSError:
+        os.truncate(file, size)
+        raise
