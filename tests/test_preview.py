@@ -263,6 +263,7 @@ def test_a_kill_at_any_instant_leaves_best_as_best_json_says_or_no_best_json(tmp
         if countdown >= 0:
             break
     assert left[0] == 1 and left[-1] == 2 and None in left and 8 <= len(left) < 20
+    monkeypatch.undo()
     delete_unfinished(tmp_path)  # as the next job does at its start
     assert {path.name for path in tmp_path.iterdir()} == {"best", "best.json"}
 
