@@ -45,7 +45,6 @@ from argparse import Namespace
 from functools import partial
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
@@ -55,10 +54,9 @@ import model
 from loss import inpo_loss, kto_loss, sft_loss, squared_error
 from model import Denoiser
 from system import processes
-from training import card, folder, guard, lora
-from training.latents import draw_timesteps, generators, latents, stratum
+from training import budget, card, folder, guard, lora
+from training.latents import draw_timesteps, generators, latents
 from training.plan import Plan, asked, check, describe
-from training.plan import work as expected_work
 from training.run import Run, due
 
 # -------------------------------------------------------------------------------------------------
@@ -112,7 +110,7 @@ def train(args: Namespace, plan: Plan, stop: processes.Stop):
         if due(step + 1, args.checkpoint_every, args.steps):
             run.save(engine, step + 1)
         run.show(engine, pipeline, step + 1)
-    run.finish(engine, start_fp32, partial(work, args, plan))
+    run.finish(engine, start_fp32, partial(budget.work_done, args, plan))
 
 
 def objective(args: Namespace, err, err_ref) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -186,15 +184,6 @@ def start_engine(unet: torch.nn.Module, args: Namespace, ds_config: dict):
 
 # -------------------------------------------------------------------------------------------------
 # Around the job.
-
-
-def work(args: Namespace, plan: Plan) -> dict:
-    """What the run had to do, counted, over all ranks."""
-    cells = (stratum(args.seed, m, plan.strata) for m in range(args.steps * plan.accumulation))
-    inversion = 0 if args.method != "inpo" else np.mean([cell + 1 for cell in cells])
-    calls, flops = expected_work(args, plan, inversion)
-    done = {"method": args.method, "steps": args.steps, "pairs": args.steps * args.batch}
-    return done | {"unet_calls": round(calls), "flops": flops}
 
 
 def main(argv: list[str] | None = None):

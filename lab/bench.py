@@ -1,8 +1,8 @@
 """Speed, memory and cost of one InPO training step, on one device, at random weights.
 
-    python bench.py --model sdxl --peak-tflops 989 --out bench-sdxl.md     # H200: 989 dense in bf16
-    python bench.py --model sdxl --peak-tflops 989 --out bench-sdxl-compile.md --compile --repeats 3
-    python bench.py --model tiny                                           # a laptop, minutes
+    python -m lab.bench --model sdxl --peak-tflops 989 --out bench-sdxl.md  # H200: 989 dense, bf16
+    python -m lab.bench --model sdxl --compile --repeats 3 --out bench-sdxl-compile.md
+    python -m lab.bench --model tiny                                        # a laptop, minutes
 
 No weights and no hub are needed: UNets are built from their configuration, latents and conditioning
 are random. Timed is the code that trains: ddim_invert, predict_noise, squared_error, inpo_loss. A
@@ -11,9 +11,38 @@ They are those of a plain process: without other ranks and clipping, gradients i
 """
 
 import argparse
+from pathlib import Path
+
+from system.program import Parser, reported
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("lab.bench", __doc__)
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    # fmt: off
+    add("--model", default="sdxl", help="sdxl, sd15, tiny, or a folder in diffusers layout")
+    add("--dtype", choices=("bf16", "fp16", "fp32"),
+        help="of the UNets; if not given: bf16 on a GPU, fp32 on a CPU")
+    add("--micro-batch", type=int, metavar="PAIRS", help="if not given: 4, for sd15 and tiny 16")
+    add("--inversion-steps", type=int, default=10, metavar="N",
+        help="cells of the inversion's grid")
+    add("--eta", type=float, default=0.1, help="noise injected while inverting, 0 to 1")
+    add("--gradient-checkpointing", action=switch,
+        help="in micro-steps; if not given: not for tiny")
+    add("--compile", action="store_true", help="torch.compile both UNets; warm-up takes minutes")
+    add("--repeats", type=int, default=5, metavar="N", help="timed runs of each row")
+    add("--warmup-repeats", type=int, default=1, metavar="N", help="untimed ones before them")
+    add("--peak-tflops", type=float, metavar="N", help="the GPU's dense peak in this dtype")
+    add("--out", type=Path, metavar="FILE", help="Markdown file for the report")
+    # fmt: on
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse()  # answers --help and wrong flags before the imports below, which take seconds
+
 import copy
 import datetime
-import math
 import platform
 import re
 import shlex
@@ -21,7 +50,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -32,9 +60,8 @@ import model
 from invert import ddim_invert
 from loss import inpo_loss, squared_error
 from system import hub
-from system.files import UserError
-from system.program import HelpFormatter
-from training.cost import build, call_flops, random_inputs
+from system.files import UserError, write
+from training.budget import build, call_flops, calls_per_image, random_inputs
 
 # -------------------------------------------------------------------------------------------------
 # The models: the public UNet configurations; what is not said is diffusers' default.
@@ -113,8 +140,9 @@ def rows_of(args: argparse.Namespace, policy: UNet2DConditionModel) -> list[Row]
         reference.compile()
     x0, cond = random_inputs(policy, args.micro_batch)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, device=x0.device).square()
-    abar, width = (1 - betas).cumprod(0), TIMESTEPS // args.steps
-    t = [torch.randint(width, (args.micro_batch,)) + k * width for k in range(args.steps)]
+    abar, cells = (1 - betas).cumprod(0), range(args.inversion_steps)
+    width = TIMESTEPS // len(cells)
+    t = [torch.randint(width, (args.micro_batch,)) + k * width for k in cells]
     t = [one.repeat(2).to(x0.device) for one in t]
     noise = [torch.Generator().manual_seed(i) for i in range(len(x0))]  # CPU's, as train_inpo.py's
     step = adamw(list(policy.parameters()))
@@ -123,7 +151,7 @@ def rows_of(args: argparse.Namespace, policy: UNet2DConditionModel) -> list[Row]
         return model.predict_noise(policy, x, t, cond, abar)
 
     def invert(k):
-        return ddim_invert(eps, x0, t[k], abar, args.steps, args.eta, noise)
+        return ddim_invert(eps, x0, t[k], abar, len(cells), args.eta, noise)
 
     def micro_step(k):
         xt, tau = invert(k)
@@ -136,15 +164,16 @@ def rows_of(args: argparse.Namespace, policy: UNet2DConditionModel) -> list[Row]
         squared_error(eps(x0, t[k]), x0).mean().backward()
 
     forward = torch.no_grad()(lambda k: eps(x0, t[k]))
-    calls, saves = (args.steps + 1) / 2, args.gradient_checkpointing  # mean of k + 1
+    calls, saves = calls_per_image("inpo", cells), args.gradient_checkpointing
+    all_calls = sum(calls.values())
     how = "checkpointing" if saves else "no checkpointing"
     return [
         Row("UNet forward, no grad", 1, forward),
-        Row("forward + backward", 3, forward_backward),
-        Row("forward + backward, checkpointing", 3, forward_backward, True),
-        Row(f"DDIM inversion, mean of {args.steps} cells", calls, invert),
-        Row(f"micro-step, {how}", calls + 4, micro_step, saves),
-        Row("micro-step + AdamW", calls + 4, lambda k: (micro_step(k), step()), saves),
+        Row("forward + backward", calls["to train"], forward_backward),
+        Row("forward + backward, checkpointing", calls["to train"], forward_backward, True),
+        Row(f"DDIM inversion, mean of {len(cells)} cells", calls["to invert"], invert),
+        Row(f"micro-step, {how}", all_calls, micro_step, saves),
+        Row("micro-step + AdamW", all_calls, lambda k: (micro_step(k), step()), saves),
     ]
 
 
@@ -190,30 +219,31 @@ def device_hours(seconds: float, pairs: int) -> float:
     return RECIPE_PAIRS / pairs * seconds / 3600
 
 
-def ratio(row: Row, unit: Row) -> float:
-    """Median over the repeats of row / unit within a repeat; nan where either did not fit."""
-    if row.seconds is None or unit.seconds is None:
-        return math.nan
-    return median(a / b for a, b in zip(row.seconds, unit.seconds, strict=True))
-
-
 def table(rows: list[Row], images: int, flops: float, peak_tflops: float | None = None) -> str:
     """The rows in Markdown. flops: of a UNet call. FLOP/s and memory only where memory is known."""
-    gpu = any(row.memory for row in rows)
-    heads = ["", "seconds", "min-max", "images/s", "in calls", "needed", "of micro-step"]
-    heads += ["TFLOP/s"] * gpu + ["of peak"] * bool(gpu and peak_tflops) + ["peak GiB"] * gpu
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
-    for row in rows:
+
+    def ratio(row: Row, unit: Row) -> float:  # within a repeat, whose rows share a slow minute
+        return median(a / b for a, b in zip(row.seconds, unit.seconds, strict=True))
+
+    def cells(row: Row) -> dict[str, str]:
         if row.seconds is None:
-            lines.append([row.name, "out of memory"] + [""] * (len(heads) - 2))
-            continue
-        each = median(row.seconds)
+            return {"": row.name, "seconds": "out of memory"}
+        each, low, high = (of(row.seconds) for of in (median, min, max))
         rate = row.work * images * flops / each / 1e12
-        line = [row.name, f"{each:.4g}", f"{min(row.seconds):.4g}-{max(row.seconds):.4g}"]
-        line += [f"{images / each:.4g}", f"{ratio(row, rows[0]):.2f}", f"{row.work:g}"]
-        line += [f"{ratio(row, rows[4]):.1%}".replace("nan%", "")] + [f"{rate:.3g}"] * gpu
-        line += [f"{rate / peak_tflops:.1%}"] if gpu and peak_tflops else []
-        lines.append(line + [f"{row.memory / 2**30:.2f}"] * gpu)
+        found = {"": row.name, "seconds": f"{each:.4g}", "min-max": f"{low:.4g}-{high:.4g}"}
+        found |= {"images/s": f"{images / each:.4g}", "in calls": f"{ratio(row, rows[0]):.2f}"}
+        found |= {"needed": f"{row.work:g}"}
+        found |= {"of micro-step": f"{ratio(row, rows[4]):.1%}" if rows[4].seconds else ""}
+        if row.memory:
+            found |= {"TFLOP/s": f"{rate:.3g}"}
+            found |= {"of peak": f"{rate / peak_tflops:.1%}" if peak_tflops else ""}
+            found |= {"peak GiB": f"{row.memory / 2**30:.2f}"}
+        return found
+
+    found = [cells(row) for row in rows]
+    heads = list(max(found, key=len))
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
+    lines += [[row.get(head, "") for head in heads] for row in found]
     name, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
     lines = [[line[0].ljust(name), *map(str.rjust, line[1:], widths)] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -230,7 +260,7 @@ def hardware(device: torch.device) -> str:
 def report(args: argparse.Namespace, argv: list[str], rows: list[Row], policy) -> str:
     """The page that is printed, and written to --out."""
     pairs, flops, step = args.micro_batch, call_flops(policy.config), rows[4].seconds
-    parameters, compiled = model.count_parameters(policy.config), ", compiled" * args.compile
+    compiled = ", compiled" if args.compile else ""
     unit = "GPU" if policy.device.type == "cuda" else "CPU"
     projection = "None: the micro-step ran out of memory; lower --micro-batch."
     if step:
@@ -240,16 +270,17 @@ The published recipe sees {RECIPE_PAIRS:,} pairs, 400 steps of 1024. At {median(
 every {pairs} of them, this model on this device would take
 **{hours} {unit}-hours** ({low} to {high}).
 Not in it: VAE and text encoders, reading of data, optimizer steps, traffic between devices."""
+    parameters = model.count_parameters(policy.config) / 1e6
     return f"""\
 # One InPO training step: {args.model}, {pairs} pairs
 
-    {shlex.join(["python", "bench.py", *argv])}
+    {shlex.join(["python", "-m", "lab.bench", *argv])}
 
 {datetime.date.today()}, {hardware(policy.device)}, torch {torch.__version__}.
-UNet of {parameters / 1e6:,.1f} M parameters, random, {args.dtype}{compiled}.
+UNet of {parameters:,.1f} M parameters, random, {args.dtype}{compiled}.
 A call is the forward of one image, {flops / 1e9:,.4g} GFLOP.
-Inversion on a grid of {args.steps}, eta {args.eta:g}.
-Medians of {args.repeats} repeat(s) after {args.warmup} of warm-up.
+Inversion on a grid of {args.inversion_steps}, eta {args.eta:g}.
+Medians of {args.repeats} repeat(s) after {args.warmup_repeats} of warm-up.
 
 {table(rows, 2 * pairs, flops, args.peak_tflops)}
 
@@ -265,70 +296,49 @@ last. Compare ratios; seconds belong to the machine and the versions above.
 
 
 # -------------------------------------------------------------------------------------------------
-# Flags.
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--model", default="sdxl", help="sdxl, sd15, tiny, or a folder in diffusers layout")
-    add("--dtype", choices=DTYPES, help="of the UNets; if not given: bf16 on a GPU, fp32 on a CPU")
-    add("--micro-batch", type=int, metavar="PAIRS", help="if not given: 4, for sd15 and tiny 16")
-    add("--steps", type=int, default=10, metavar="N", help="cells of the inversion's grid")
-    add("--eta", type=float, default=0.1, help="noise injected while inverting, 0 to 1")
-    add(
-        "--gradient-checkpointing", action=switch, help="in micro-steps; if not given: not for tiny"
-    )
-    add("--compile", action="store_true", help="torch.compile both UNets; warm-up takes minutes")
-    add("--repeats", type=int, default=5, metavar="N", help="timed runs of each row")
-    add("--warmup", type=int, default=1, metavar="N", help="untimed ones before them")
-    add("--peak-tflops", type=float, metavar="N", help="the GPU's dense peak in this dtype")
-    add("--out", type=Path, metavar="FILE", help="Markdown file for the report")
-    return parser
+# The program.
 
 
 def check(args: argparse.Namespace, gpu: bool):
-    """Fill in what depends on model and device. Raises ValueError, a sentence, for a mistake."""
+    """Fill in what depends on model and device. Raises UserError."""
     if args.micro_batch is None:
-        args.micro_batch = {"sd15": 16, "tiny": 16}.get(args.model, 4)
+        args.micro_batch = 16 if args.model in ("sd15", "tiny") else 4
     args.dtype = args.dtype or ("bf16" if gpu else "fp32")
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = args.model != "tiny"
-    for flag, least in (("micro_batch", 1), ("repeats", 1), ("warmup", 1)):
-        if getattr(args, flag) < least:
-            raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}.")
-    if args.steps < 1 or TIMESTEPS % args.steps:
-        raise ValueError(f"--steps {args.steps} must divide the {TIMESTEPS} timesteps.")
+    for flag in ("micro_batch", "repeats", "warmup_repeats"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 1.")
+    steps = args.inversion_steps
+    if steps < 1 or TIMESTEPS % steps:
+        raise UserError(f"--inversion-steps {steps} must divide the {TIMESTEPS} timesteps.")
     if not 0 <= args.eta <= 1:
-        raise ValueError(f"--eta {args.eta:g} must lie between 0 and 1.")
+        raise UserError(f"--eta {args.eta:g} must lie between 0 and 1.")
     if args.peak_tflops is not None and (not gpu or args.peak_tflops <= 0):
-        raise ValueError("--peak-tflops must be positive, and needs a GPU.")
+        raise UserError("--peak-tflops must be positive, and needs a GPU.")
     if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
-        raise ValueError(f"--out {args.out} must be a file in a folder that exists.")
+        raise UserError(f"--out {args.out} must be a file in a folder that exists.")
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    argv, flags, gpu = sys.argv[1:] if argv is None else argv, parser(), torch.cuda.is_available()
-    args = flags.parse_args(argv)
-    try:
+    with reported("lab.bench"):
+        args, gpu = parse(argv), torch.cuda.is_available()
         check(args, gpu)
         config = read_config(args.model)
-    except ValueError as error:
-        flags.exit(2, f"bench.py: error: {error}\n")
-    torch.manual_seed(0)
-    try:
-        policy = build(config, "cuda" if gpu else "cpu", DTYPES[args.dtype])
-        rows = rows_of(args, policy)
-        measure(rows, policy, args.steps, args.warmup, args.repeats)
-    except torch.OutOfMemoryError:
-        flags.exit(2, "bench.py: error: the GPU's memory is too small for this model.\n")
-    if rows[0].seconds is None:
-        flags.exit(2, "bench.py: error: a forward exceeds the GPU's memory; lower --micro-batch.\n")
-    page = report(args, argv, rows, policy)
-    print(page)
-    if args.out:
-        args.out.write_text(page)
-    return rows
+        torch.manual_seed(0)
+        try:
+            policy = build(config, "cuda" if gpu else "cpu", DTYPES[args.dtype])
+            rows = rows_of(args, policy)
+            measure(rows, policy, args.inversion_steps, args.warmup_repeats, args.repeats)
+        except torch.OutOfMemoryError as error:
+            raise UserError("The GPU's memory is too small for this model.") from error
+        if rows[0].seconds is None:
+            raise UserError("A forward exceeds the GPU's memory; lower --micro-batch.")
+        page = report(args, sys.argv[1:] if argv is None else argv, rows, policy)
+        print(page)
+        if args.out:
+            write(args.out, page)
+        return rows
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
     python study.py ablation    # what the parts of InPO do                     (make ablation)
 
 The same command again continues, runs that are done are kept. A variant is a line of train_inpo.py;
-in `table` and `tune` all take the same number of UNet calls (cost.py), in `ablation` the same
-number of optimizer steps. On the way each is judged, on captions that alignment never saw, against
-the model that it started from:
+in `table` and `tune` all take the same number of UNet calls (as training/budget.py counts them), in
+`ablation` the same number of optimizer steps. On the way each is judged, on captions that alignment
+never saw, against the model that it started from:
 
     preference      the toy's hidden preference, whose pairs it was trained on; exact (toy.py)
     faithfulness    share of images with the colour and the shape of the caption; exact
@@ -40,7 +40,7 @@ from lab import report
 from system import hub
 from system.files import ROOT, UserError
 from system.program import HelpFormatter
-from training import cost
+from training import budget
 from training.flags import parse
 from training.folder import read_metrics
 from training.recipes import recipe_of
@@ -203,9 +203,8 @@ class Job:
 
     def calls_per_step(self) -> float:
         asked = parse("", self.commands()[0][1:])
-        inversion = ((asked.inversion_steps or 0) + 1) / 2  # the mean of 1..steps
-        sides = 1 if asked.method == "sft" else 2
-        return asked.batch * sides * cost.calls_per_image(asked.method, inversion)
+        cells = range(asked.inversion_steps or asked.strata)
+        return budget.unet_calls(asked.method, asked.batch, cells)
 
     def judged(self) -> tuple[int, ...]:
         return self.variant.judged if self.variant else (0,)

@@ -1,4 +1,4 @@
-"""bench.py: what it times is the step it names, and its arithmetic. Nothing about times."""
+"""lab/bench.py: what it times is the step it names, and its arithmetic. Nothing about times."""
 
 import pytest
 import torch
@@ -23,13 +23,13 @@ def test_counted_flops_are_those_of_the_design():
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
 def test_report_has_every_row_command_and_projection(checkpoint, kind, tmp_path, capsys):
     out = tmp_path / "bench.md"
-    rows = run("--model", checkpoint(kind), "--steps", 2, "--out", out)
+    rows = run("--model", checkpoint(kind), "--inversion-steps", 2, "--out", out)
     page = out.read_text()
     assert capsys.readouterr().out.strip().endswith(page.strip())
     lines = [line for line in page.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in lines[2:]] == [row.name for row in rows]
     assert len(rows) == 6 and all(len(row.seconds) == 1 for row in rows)
-    assert f"python bench.py --model {checkpoint(kind)}" in page
+    assert f"python -m lab.bench --model {checkpoint(kind)}" in page
     assert torch.__version__ in page and "CPU-hours" in page and "not a measurement" in page
     assert "TFLOP/s |" not in page  # no GPU, no such column
 
@@ -42,7 +42,7 @@ def test_rows_make_the_calls_they_claim(checkpoint, monkeypatch):
         return true(unet, *rest)
 
     monkeypatch.setattr(model, "predict_noise", counted)
-    args = bench.parser().parse_args(["--steps", "4", "--micro-batch", "1"])
+    args = bench.parse(["--inversion-steps", "4", "--micro-batch", "1"])
     policy = bench.build(bench.read_config(str(checkpoint())), "cpu", torch.float32)
     for row in bench.rows_of(args, policy):
         made = []
@@ -57,7 +57,7 @@ def test_rows_make_the_calls_they_claim(checkpoint, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_adamw_step_moves_the_policy_alone(checkpoint, dtype):
-    args = bench.parser().parse_args(["--steps", "1", "--micro-batch", "1"])
+    args = bench.parse(["--inversion-steps", "1", "--micro-batch", "1"])
     policy = bench.build(bench.read_config(str(checkpoint())), "cpu", bench.DTYPES[dtype])
     before = {name: weight.clone() for name, weight in policy.named_parameters()}
     rows = bench.rows_of(args, policy)
@@ -92,7 +92,7 @@ def test_out_of_memory_costs_a_row_not_the_run(checkpoint):
 
     policy = bench.build(bench.read_config(str(checkpoint())), "cpu", torch.float32)
     rows = [bench.Row("fits", 1, lambda cell: None), bench.Row("fails", 3, fails)]
-    bench.measure(rows, policy, cells=2, warmup=1, repeats=2)
+    bench.measure(rows, policy, 2, warmup=1, repeats=2)
     assert len(rows[0].seconds) == 2 and rows[1].seconds is None
 
 
@@ -100,8 +100,9 @@ def test_out_of_memory_costs_a_row_not_the_run(checkpoint):
     "argv, named",
     [
         (["--model", "sdx"], "sdx"),
-        (["--model", "sd15", "--steps", "7"], "--steps 7"),
+        (["--model", "sd15", "--inversion-steps", "7"], "--inversion-steps 7"),
         (["--model", "sd15", "--micro-batch", "0"], "--micro-batch"),
+        (["--model", "sd15", "--warmup-repeats", "0"], "--warmup-repeats"),
         (["--model", "sd15", "--eta", "2"], "--eta 2"),
         (["--model", "sd15", "--peak-tflops", "-1"], "--peak-tflops"),
         (["--model", "sd15", "--out", "nowhere/bench.md"], "nowhere"),

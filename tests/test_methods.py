@@ -21,7 +21,7 @@ import data
 import model
 import train_inpo
 from loss import kto_loss
-from training import plan, run
+from training import budget, plan, run
 from training.flags import parse
 from training.latents import draw_timesteps, generators
 from training.recipes import recipe_of
@@ -230,7 +230,7 @@ def watched_run(argv: list[str], out: Path) -> SimpleNamespace:
     predict, encode, start = model.predict_noise, model.encode_images, train_inpo.start_engine
 
     def spy_predict(unet, x, t, cond, *rest, **named):
-        if x.device.type != "meta":  # there cost.py counts FLOPs
+        if x.device.type != "meta":  # there budget.py counts FLOPs
             grad = torch.is_grad_enabled()
             seen.calls.append(SimpleNamespace(unet=unet, x=x, t=t, cond=cond, grad=grad))
         return predict(unet, x, t, cond, *rest, **named)
@@ -539,14 +539,14 @@ def test_cost_does_not_depend_on_the_number_of_ranks(method, argv, checkpoint, m
     for ranks in (1, 2):
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         args = parse("", argv(**flags_of(method), steps=7, micro_batch=2 // ranks))
-        work.append(train_inpo.work(args, plan.check(args)))
+        work.append(budget.work_done(args, plan.check(args)))
     assert work[0] == work[1] and work[0]["unet_calls"] > 0
 
 
 def test_flops_are_those_of_the_resolution_that_was_trained(argv, checkpoint, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     args = parse("", argv(method="dpo", resolution=32))
-    work = train_inpo.work(args, plan.check(args))
+    work = budget.work_done(args, plan.check(args))
     assert work["flops"] == pytest.approx(2 * 8 * 4 * flops_of_a_call(args.model, size=16))
 
 

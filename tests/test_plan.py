@@ -1,5 +1,6 @@
 """plan.py and card.py: what the plan tells of memory, work and disk, and the model card."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -16,7 +17,7 @@ import model
 import train_inpo
 from lab import bench
 from system.files import UserError
-from training import card, lora, memory, plan
+from training import budget, card, lora, plan
 from training.flags import parse
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -83,7 +84,7 @@ def test_the_vae_is_counted_in_the_dtype_that_it_is_loaded_in(
     file = folder / "vae" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     loaded = model.load_pipeline(str(folder), dtype=dtype).vae.dtype
-    assert plan.vae_dtype(todo, dtype) == loaded == expected
+    assert budget.vae_dtype(todo, dtype) == loaded == expected
 
 
 def parts_of(words: str) -> dict[str, float]:
@@ -93,16 +94,16 @@ def parts_of(words: str) -> dict[str, float]:
 def test_memory_is_that_of_a_gpu_with_the_encoders_of_any_folder_and_the_vae(published, argv):
     flags = {"lora_rank": 4, "micro_batch": 1, "ds_config": "configs/zero1.json", "sample_every": 1}
     args = parse("", argv(model=published("sdxl"), **flags))
-    own = plan.gpu_memory(args, plan.check(args))
+    own = plan.memory_in_words(args, plan.check(args))
     assert own.startswith("about ") and " GiB a GPU, bfloat16: " in own  # here is none
     published("sdxl", force_upcast=False)  # in its place
-    own, other = parts_of(own), parts_of(plan.gpu_memory(args, plan.check(args)))
+    own, other = parts_of(own), parts_of(plan.memory_in_words(args, plan.check(args)))
     assert (own["encoders"], other["encoders"]) == (1.8, 1.7)
     activations = own["activations"]
     assert own["vae"] == pytest.approx(3.0 - activations, abs=0.06)  # GiB of a picture of 1024 px
     assert other["vae"] == pytest.approx(1.5 - activations, abs=0.06)
     args.sample_every = 0
-    other = parts_of(plan.gpu_memory(args, plan.check(args)))
+    other = parts_of(plan.memory_in_words(args, plan.check(args)))
     assert other["vae"] == pytest.approx(1.25 - activations, abs=0.06)  # an image of a pair
 
 
@@ -135,8 +136,8 @@ def test_checkpoints_are_at_most_those_that_a_run_has_at_a_time():
             newest = [*kept, step]
             old = [s for s in newest[:-keep] if keep_every and s % keep_every == 0]
             kept = old + newest[-keep:]
-        assert memory.checkpoints(steps, every, keep, keep_every) == most
-    assert memory.checkpoints(10**9, 1, 10**9, 7) == 10**9  # without counting them
+        assert budget.checkpoints(steps, every, keep, keep_every) == most
+    assert budget.checkpoints(10**9, 1, 10**9, 7) == 10**9  # without counting them
 
 
 def bytes_of(path: Path) -> int:
@@ -153,7 +154,7 @@ def test_disk_is_what_a_run_leaves(stage, half, rank, argv, ds_config, tmp_path,
     flags = {"lora_rank": rank, "checkpoint_every": 1, "export_every": 1, "keep": 1}
     command = argv(ds_config=ds_config(stage), lr=1e-4, **flags)
     args = parse("", command)
-    parts = plan.disk(args, plan.check(args))
+    parts = budget.disk(args, plan.check(args))
     assert [key.split(" of ")[0].split(",")[0] for key in parts] == [
         "2 checkpoint(s)", "2 export(s)", "the aligned model",
     ]  # fmt: skip
@@ -169,17 +170,15 @@ def test_disk_is_what_a_run_leaves(stage, half, rank, argv, ds_config, tmp_path,
 def test_the_published_sizes_of_disk(published, argv):
     flags = {"checkpoint_every": 50, "steps": 400, "export_every": 100, "keep_every": 100}
     args = parse("", argv(model=published("sdxl"), **flags))
-    todo = plan.check(args)
+    todo = dataclasses.replace(plan.check(args), dtype=BF16)
     unet, whole = 4 * 2_567_463_684, 4 * (2_567_463_684 + 83_653_863 + 123_060_480 + 694_659_840)
-    found = memory.disk(args, todo.parameters, whole // 4 - unet // 4, BF16, 2)
-    assert found == {
+    assert budget.disk(args, todo) == {
         "5 checkpoint(s) of 35.9 GB": 5 * 14 * unet // 4,  # 100 200 (300 350 400)
         "4 export(s) of 10.3 GB": 4 * unet,
         "the aligned model, 13.9 GB": whole,
     }
-    assert plan.disk(args, todo)["the aligned model, 13.9 GB"] == whole
     args.judge, args.sample_every = "pickscore", 50
-    assert 2 * unet in memory.disk(args, todo.parameters, 0, BF16, 2).values()
+    assert 2 * unet in budget.disk(args, todo).values()
 
 
 def test_a_disk_that_is_too_small_is_a_warning_that_counts_what_the_run_has(
@@ -189,13 +188,14 @@ def test_a_disk_that_is_too_small_is_a_warning_that_counts_what_the_run_has(
     words = planned(command)
     assert words[""] == "" and words["disk"].endswith(" free")
     args = parse("", command)
-    most = sum(plan.disk(args, plan.check(args)).values())
+    most = sum(budget.disk(args, plan.check(args)).values())
     usage = SimpleNamespace(free=most - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     words = planned(command)
-    assert words[""].startswith(f"Warning: --out {out}: the run may take {memory.size(most)} there")
+    said = budget.in_words(most)
+    assert words[""].startswith(f"Warning: --out {out}: the run may take {said} there")
     train_inpo.main(command)
-    assert planned(command)[""] == "" and memory.room(out) > most
+    assert planned(command)[""] == "" and budget.room(out) > most
 
 
 # -------------------------------------------------------------------------------------------------

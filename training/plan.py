@@ -17,7 +17,7 @@ import toy
 from evaluation import scorers
 from system.files import ROOT, UserError
 from system.hub import architecture, read_config
-from training import cost, folder, lora, memory, preview
+from training import budget, folder, lora, preview
 from training.flags import check_flags
 
 # -------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def check(args: argparse.Namespace) -> Plan:
         factor=factor,
         timesteps=timesteps,
         resolution=resolution,
-        images_per_pair=1 if args.method == "sft" else 2,
+        images_per_pair=budget.images_per_pair(args.method),
         strata=strata,
         pairs=pairs,
         fingerprint=data.fingerprint(pairs),
@@ -198,67 +198,6 @@ def read_pairs(args: argparse.Namespace):
 
 
 # -------------------------------------------------------------------------------------------------
-# What the run takes.
-
-TOY = 10**8  # parameters of a UNet; with fewer its encoders are as small, and nobody plans memory
-
-
-def lora_rank(args: argparse.Namespace) -> int | None:
-    """Of the adapters, None without; that of a --lora to train on is in its file: counted as 64."""
-    return (args.lora_rank or 64) if lora.trains_adapters(args) else None
-
-
-def work(args: argparse.Namespace, plan: Plan, inversion: float) -> tuple[float, float]:
-    """(UNet calls, FLOPs) of the whole run, over all ranks; inversion: the mean number of calls
-    that inverting an image takes."""
-    calls = cost.calls_per_image(args.method, inversion, lora.trains_adapters(args))
-    calls *= args.steps * args.batch * plan.images_per_pair
-    config = plan.unet_config | {"sample_size": plan.latent}
-    return calls, calls * cost.call_flops(config, plan.tokens)
-
-
-def vae_dtype(plan: Plan, dtype: torch.dtype) -> torch.dtype:
-    """The VAE's, beside a UNet of dtype, as model.load_pipeline has it."""
-    overflows = plan.architecture == "sdxl" and plan.vae_config.get("force_upcast", True)
-    return torch.float32 if overflows or dtype == torch.float32 else torch.float16
-
-
-def gpu_memory(args: argparse.Namespace, plan: Plan) -> str:
-    """In words, as if each rank had a GPU: a run is planned where there may be none."""
-    config = read_ds_config(args.ds_config)
-    dtype = compute_dtype(config)
-    vae, drawn = vae_dtype(plan, dtype), plan.unet_config["sample_size"] * bool(args.sample_every)
-    parts = memory.estimate(
-        plan.unet_config,
-        **memory.settings(config),
-        world=plan.world,
-        dtype=dtype,
-        micro_batch=args.micro_batch,
-        latent=plan.latent,
-        sides=plan.images_per_pair,
-        reference=args.method != "sft",
-        checkpointing=args.gradient_checkpointing,
-        lora_rank=lora_rank(args),
-        targets=args.lora_targets,
-        encoders=memory.encoders(plan.architecture, dtype, vae),
-        vae=memory.vae_peak(vae, plan.resolution, drawn * plan.factor, args.micro_batch),
-    )
-    return f"about {parts['total']:.1f} GiB a GPU, {str(dtype).removeprefix('torch.')}: " + (
-        ", ".join(f"{k} {v:.1f}" for k, v in parts.items() if v >= 0.05 and k != "total")
-    )
-
-
-def disk(args: argparse.Namespace, plan: Plan) -> dict[str, int]:
-    """Bytes that the run has in --out at most, by what they are in words."""
-    rank, written = lora_rank(args), plan.parameters
-    if rank:
-        written = lora.parameters(plan.unet_config, rank, args.lora_targets)
-    encoders = 0 if rank or plan.parameters < TOY else memory.VAE + memory.TEXT[plan.architecture]
-    stage = plan.ds_config["zero_optimization"]["stage"]
-    return memory.disk(args, written, encoders, plan.dtype, stage)
-
-
-# -------------------------------------------------------------------------------------------------
 # The plan in words.
 
 
@@ -272,20 +211,19 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
         "kto": "Diffusion-KTO, beta {beta:g}, {liked_share:.0%} of the weight on liked images",
         "sft": "denoising error of the winners",
     }[args.method].format(**{key: value or 0 for key, value in vars(args).items()})
-    inversion = (plan.strata + 1) / 2  # the mean of 1..strata
-    calls, flops = work(args, plan, inversion)
-    takes = [f"{inversion:g} to invert"] * (args.method == "inpo")
-    takes += ["1 reference"] * (args.method != "sft") + [
-        f"{3 - lora.trains_adapters(args)} to train"
-    ]
+    cells = range(plan.strata)
+    work = budget.work(args, plan, cells)
+    calls = budget.calls_per_image(args.method, cells, lora.trains_adapters(args))
+    takes = " + ".join(f"{count:g} {purpose}" for purpose, count in calls.items())
     stage = plan.ds_config.get("zero_optimization", {}).get("stage", 0)
     released = " (released: Adafactor, which ZeRO would show flat partitions)"
     released *= plan.architecture == "sdxl" and args.method != "kto"
     adapters = ""
-    if rank := lora_rank(args):
+    if rank := budget.lora_rank(args):
         adapters = f", LoRA of rank {rank}" if args.lora_rank else f", LoRA, counted as rank {rank}"
-    taken, free = disk(args, plan), memory.room(args.out)
+    taken, free = budget.disk(args, plan), budget.room(args.out)
     most = sum(taken.values())
+    said = budget.in_words(most)
     lines = {
         "model": f"{args.model} ({plan.architecture}), UNet of {plan.parameters / 1e6:,.1f} M "
         f"parameters{adapters}, {plan.resolution} px",
@@ -297,10 +235,11 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
         f"{plan.ds_config['optimizer']['type']}{released}, ZeRO-{stage}, "
         f"{str(plan.dtype).removeprefix('torch.')}",
         "objective": objective,
-        "UNet calls": f"an image takes {' + '.join(takes)}; {calls:,.0f} in all, {flops:.2e} FLOPs",
-        "memory": gpu_memory(args, plan) if plan.parameters >= TOY else "",
+        "UNet calls": f"an image takes {takes}; {work['unet_calls']:,} in all, "
+        f"{work['flops']:.2e} FLOPs",
+        "memory": memory_in_words(args, plan) if plan.parameters >= budget.TOY else "",
         "out": f"{args.out}",
-        "disk": f"at most {memory.size(most)}: {', '.join(taken)}; {memory.size(free)} free",
+        "disk": f"at most {said}: {', '.join(taken)}; {budget.in_words(free)} free",
     }
     words = [f"  {key:<12}{text}" for key, text in lines.items() if text]
     if args.method == "inpo" and plan.architecture == "sd15" and not args.unet:
@@ -315,7 +254,17 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
         )
     if free < most:
         words.append(
-            f"Warning: --out {args.out}: the run may take {memory.size(most)} there, more than is "
+            f"Warning: --out {args.out}: the run may take {said} there, more than is "
             "free; make room, name another folder, or keep less (--keep, --export-every)."
         )
     return "\n".join(words)
+
+
+def memory_in_words(args: argparse.Namespace, plan: Plan) -> str:
+    """As if each rank had a GPU: a run is planned where there may be none."""
+    config = read_ds_config(args.ds_config)
+    dtype = compute_dtype(config)
+    parts = budget.gpu_memory(args, plan, config, dtype)
+    listed = ", ".join(f"{part} {size:.1f}" for part, size in parts.items() if size >= 0.05)
+    precision = str(dtype).removeprefix("torch.")
+    return f"about {sum(parts.values()):.1f} GiB a GPU, {precision}: {listed}"

@@ -1,9 +1,10 @@
-"""memory.py: the counter against what is alive, the arithmetic against DeepSpeed's own tensors."""
+"""budget.py: the counter against what is alive, the arithmetic against DeepSpeed's own tensors."""
 
 from unittest import mock
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from diffusers import AutoencoderKL
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -13,9 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import model
 from lab import bench
-from lab.memory_table import complete
 from system import processes
-from training import cost, lora, memory
+from system.files import UserError
+from training import budget, lora
 
 BF16 = torch.bfloat16
 SMALL = {  # SDXL's kinds of blocks
@@ -58,7 +59,7 @@ class Alive(TorchDispatchMode):
 
 
 def small(device: str, rank: int | None = None, dtype=torch.float32):
-    unet = cost.build(SMALL, device, dtype)
+    unet = budget.build(SMALL, device, dtype)
     if rank:
         lora.attach(unet, rank, rank)
     return unet
@@ -68,7 +69,7 @@ def alive_after_forward(unet) -> tuple[int, int]:
     """Bytes that a real forward of a pair leaves alive, without its output, and those of x0."""
     t, abar = torch.zeros(2, dtype=torch.int64), torch.ones(1000)
     with Alive(unet.parameters()) as alive:
-        x0, cond = cost.random_inputs(unet, 1)
+        x0, cond = budget.random_inputs(unet, 1)
         out = model.predict_noise(unet, x0, t, cond, abar)
         return alive.now() - out.nbytes, x0.nbytes
 
@@ -76,7 +77,7 @@ def alive_after_forward(unet) -> tuple[int, int]:
 @pytest.mark.parametrize("rank", [None, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_counted_is_what_a_real_forward_leaves_alive(rank, checkpointing):
-    counted, block = memory.kept_by_forward(small("meta", rank), 1, checkpointing)
+    counted, block = budget.kept_by_forward(small("meta", rank), 1, checkpointing)
     real = small("cpu", rank)
     if checkpointing:
         real.enable_gradient_checkpointing()
@@ -96,50 +97,62 @@ def test_largest_block_is_what_a_real_one_leaves_alive():
 
     unet.enable_gradient_checkpointing(block)
     with Alive(unet.parameters()) as alive:
-        x0, cond = cost.random_inputs(unet, 1)
+        x0, cond = budget.random_inputs(unet, 1)
         t = torch.zeros(2, dtype=torch.int64)
         model.predict_noise(unet, x0, t, cond, torch.ones(1000))
-    assert memory.kept_by_forward(small("meta"), 1, True)[1] == max(grown)
+    assert budget.kept_by_forward(small("meta"), 1, True)[1] == max(grown)
     assert len(grown) == 7 + 8  # all resnets but the middle's first, all transformer blocks
 
 
-def small_estimate(**flags) -> dict[str, float]:
-    given = dict(stage=2, world=1, dtype=BF16, micro_batch=1, latent=8) | flags
-    return memory.estimate(SMALL, **given)
+def config_of(stage: int, offload: str = "none", fp32=("grad_accum", "reduce"), **zero) -> dict:
+    zero |= {"stage": stage, "offload_optimizer": {"device": offload}}
+    config = {"zero_optimization": zero, "bf16": {"enabled": True}}
+    if "grad_accum" in fp32:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if "reduce" in fp32:
+        config["communication_data_type"] = "fp32"
+    return config
+
+
+def small_memory(stage=2, dtype=BF16, latent=8, zero=(), **flags) -> dict[str, float]:
+    given = {"world": 1, "micro_batch": 1} | flags
+    config = config_of(stage, **dict(zero))
+    return budget.step_memory(SMALL | {"sample_size": latent}, config, dtype, **given)
 
 
 def test_activations_are_those_of_torchs_own_linear(monkeypatch):
     """Also where ZeRO-3 has put its own into torch, which keeps the inputs of frozen weights."""
-    unet = cost.build(SMALL, "meta", torch.float32)
+    unet = budget.build(SMALL, "meta", torch.float32)
     with torch.device("meta"):
         lora.attach(unet, 2, 2, "attention")
-    before = memory.kept_by_forward(unet, 1, False)
+    before = budget.kept_by_forward(unet, 1, False)
     monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
-    assert memory.kept_by_forward(unet, 1, False) == before
+    assert budget.kept_by_forward(unet, 1, False) == before
 
 
 def test_activations_are_proportional_to_the_images():
-    one, three = (memory.kept_by_forward(small("meta"), pairs, False)[0] for pairs in (1, 3))
+    one, three = (budget.kept_by_forward(small("meta"), pairs, False)[0] for pairs in (1, 3))
     assert three == 3 * one
-    parts = [small_estimate(micro_batch=n, sides=k)["activations"] for n, k in ((1, 1), (3, 2))]
+    parts = [small_memory(micro_batch=n, images=k)["activations"] for n, k in ((1, 1), (3, 2))]
     assert parts[1] == pytest.approx(6 * parts[0])
 
 
 def test_activations_shrink_with_checkpointing_half_precision_and_smaller_latents():
-    most = small_estimate(checkpointing=False, dtype=torch.float32)["activations"]
-    assert small_estimate(dtype=torch.float32)["activations"] < most / 3
-    half = small_estimate(checkpointing=False)["activations"]
+    most = small_memory(checkpointing=False, dtype=torch.float32)["activations"]
+    assert small_memory(dtype=torch.float32)["activations"] < most / 3
+    half = small_memory(checkpointing=False)["activations"]
     assert most / 2 <= half < 0.52 * most  # statistics of attention stay fp32
-    assert small_estimate(checkpointing=False, latent=4)["activations"] < half / 2
+    assert small_memory(checkpointing=False, latent=4)["activations"] < half / 2
 
 
 # -------------------------------------------------------------------------------------------------
 # The rest.
 
 
-def state(stage, world=8, dtype=BF16, **flags):
+def state(stage, world=8, reference=True, **config):
     gib = 2**30  # parameters, so that a byte a parameter is a GiB
-    return memory.state(gib, stage=stage, world=world, dtype=dtype, bucket=gib // 4, **flags)
+    config = config_of(stage, reduce_bucket_size=gib // 4, **config)
+    return budget.state(gib, config, BF16, world, reference)
 
 
 def test_state_follows_the_zero_stages():
@@ -153,33 +166,40 @@ def test_state_follows_the_zero_stages():
         assert sum(state(stage, reference=False).values()) == (
             sum(state(stage).values()) - expected[1]
         )
-    fp32 = state(0, dtype=torch.float32)
-    assert tuple(fp32[part] for part in parts) == (4, 4, 4, 8)
 
 
 def test_buckets_and_step_are_those_of_the_stage():
     assert state(1)["buckets"] == 0
     assert state(2)["buckets"] == 2 * 2 / 4 + (2 + 4) / 4
-    assert state(2, reduce_fp32=False)["buckets"] == 3 * 2 / 4
+    assert state(2, fp32=["grad_accum"])["buckets"] == 3 * 2 / 4
     assert state(3, world=1)["buckets"] == 2 * 4 / 4
-    gathered = 2 * (memory.LIVE + memory.PREFETCH) / 2**30
+    gathered = 2 * (budget.LIVE + budget.PREFETCH) / 2**30
     assert state(3)["buckets"] == pytest.approx(2 * 4 / 4 + gathered)
     assert (state(1)["step"], state(2)["step"]) == (4 / 8, 4 / 8)
-    assert state(1, reduce_fp32=False)["step"] == 2  # all gradients, rounded for the reduction
+    assert state(1, fp32=["grad_accum"])["step"] == 2  # all gradients, rounded for the reduction
     assert state(3)["step"] == 8 / 8 + 4 / 4
 
 
 def test_offload_frees_the_optimizer_and_under_zero_3_the_gradients():
-    two, three = (state(stage, offload=True) for stage in (2, 3))
+    two, three = (state(stage, offload="cpu") for stage in (2, 3))
     assert two == state(2) | {"optimizer": 0, "step": 0}
     assert three == state(3) | {"optimizer": 0, "step": 0, "gradients": 0}
-    with pytest.raises(ValueError, match="ZeRO-2 or ZeRO-3"):
-        state(1, offload=True)
+    with pytest.raises(UserError, match="ZeRO-2 or ZeRO-3"):
+        state(1, offload="cpu")
+
+
+def test_what_a_configuration_leaves_out_is_deepspeeds_default():
+    zero = DeepSpeedZeroConfig(stage=3)
+    assert (zero.reduce_bucket_size, zero.max_live_parameters) == (budget.BUCKET, budget.LIVE)
+    assert (zero.prefetch_bucket_size, zero.sub_group_size) == (budget.PREFETCH, budget.SUB_GROUP)
+    config = {"zero_optimization": {"stage": 3}}
+    found = budget.state(2**30, config, BF16, 1)
+    assert found == budget.state(2**30, config_of(3, fp32=(), reduce_bucket_size=5e8), BF16, 1)
 
 
 def test_lora_trains_its_adapters_alone_and_needs_no_second_unet():
-    rank, flags = 4, dict(stage=1, dtype=BF16)
-    full, adapted = small_estimate(**flags), small_estimate(**flags, lora_rank=rank)
+    rank = 4
+    full, adapted = small_memory(stage=1), small_memory(stage=1, rank=rank)
     layers = dict(small("meta").named_modules())
     adapters = sum(
         rank * (layer.in_features + layer.out_features)
@@ -193,35 +213,34 @@ def test_lora_trains_its_adapters_alone_and_needs_no_second_unet():
     assert adapted["activations"] < full["activations"]  # frozen weights need no inputs
 
 
-def test_total_is_the_sum_and_the_largest_of_three_peaks():
+def test_the_sum_is_the_largest_of_three_peaks():
     config = bench.SDXL
     step = 4 * model.count_parameters(config) / 2**30
     for pairs, vae in ((1, 0.0), (8, 0.0), (1, 20.0), (8, 20.0)):
-        parts = memory.estimate(
-            config, stage=2, world=1, dtype=BF16, micro_batch=pairs, latent=128, encoders=1.5,
-            vae=vae,
-        )  # fmt: skip
-        assert parts.pop("total") == pytest.approx(sum(parts.values()))
+        parts = budget.step_memory(
+            config, config_of(2), BF16, world=1, micro_batch=pairs, encoders=1.5, vae=vae
+        )
+        assert parts["encoders"] == 1.5
         backward = parts["buckets"] + parts["activations"]
         peak = max(backward, step)
         assert backward + parts["step"] == pytest.approx(peak)
         assert peak + parts["vae"] == pytest.approx(max(peak, vae))
-    held = {"stage": 3, "bucket": 2**29}  # 2 GiB in fp32, of which none is free for the VAE
-    small, more = (small_estimate(**held, vae=vae) for vae in (4.0, 5.0))
+    held = {"reduce_bucket_size": 2**29}  # 2 GiB in fp32, of which none is free for the VAE
+    small, more = (small_memory(stage=3, zero=held, vae=vae) for vae in (4.0, 5.0))
     peak = sum(small[part] for part in ("buckets", "activations", "step", "vae"))
     assert peak == pytest.approx(2 + 4) and small["vae"] > 0
-    assert more["total"] == pytest.approx(small["total"] + 1)
-
-
-ZERO = {"contiguous_gradients": True, "overlap_comm": True, "reduce_bucket_size": 20_000}
+    assert sum(more.values()) == pytest.approx(sum(small.values()) + 1)
 
 
 def small_ds_config(stage: int) -> dict:
-    zero = ZERO | {"stage": stage, "stage3_param_persistence_threshold": 0}
-    config = {"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}}
-    config |= {"communication_data_type": "fp32", "bf16": {"enabled": True}}
-    config["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True}}
-    return complete(config | {"gradient_clipping": 1.0}, 1)
+    """For DeepSpeed itself: torch's AdamW, two micro-steps of one sample."""
+    config = config_of(
+        stage, contiguous_gradients=True, overlap_comm=True, reduce_bucket_size=20_000,
+        stage3_param_persistence_threshold=0,
+    )  # fmt: skip
+    config["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True, "lr": 1e-5}}
+    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
+    return config | {"gradient_clipping": 1.0}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -244,7 +263,7 @@ def test_state_is_what_deepspeed_holds(stage):
             held, backward = alive.now(), alive.peak
             engine.step()
     count = layers * width**2
-    parts = memory.state(count, stage=stage, world=1, dtype=BF16, reference=False, bucket=20_000)
+    parts = budget.state(count, config, BF16, 1, reference=False)
     parts = {part: size * 2**30 for part, size in parts.items()}
     kept = parts["weights"] + parts["gradients"] + parts["optimizer"]
     kept += parts["vae"]  # of ZeRO-3 the bucket is for good
@@ -271,7 +290,7 @@ def test_the_vae_at_its_peak_is_what_is_alive_when_it_encodes_or_decodes(dtype):
         fused = mock.patch.object(
             torch.nn.functional,
             "scaled_dot_product_attention",
-            lambda q, k, v, **_: memory.FusedAttention.apply(q, k, v),
+            lambda q, k, v, **_: budget.FusedAttention.apply(q, k, v),
         )
         with torch.no_grad(), fused, Alive(vae.parameters(), "meta") as alive:
             action(x)
@@ -279,9 +298,9 @@ def test_the_vae_at_its_peak_is_what_is_alive_when_it_encodes_or_decodes(dtype):
 
     for side, batch, pictures in ((1024, 4, 1), (512, 1, 1), (512, 8, 4), (768, 2, 1)):
         encoding = peak(vae.encode, 1, 3, side, side)
-        assert memory.vae_peak(dtype, side, 0, batch) == pytest.approx(encoding, rel=1e-3)
+        assert budget.vae_peak(dtype, side, 0, batch) == pytest.approx(encoding, rel=1e-3)
         decoding = peak(vae.decode, pictures, 4, side // 8, side // 8)
-        assert memory.vae_peak(dtype, side, side, batch) == pytest.approx(decoding, rel=1e-3)
+        assert budget.vae_peak(dtype, side, side, batch) == pytest.approx(decoding, rel=1e-3)
 
 
 def test_encoders_have_the_published_sizes():
@@ -296,8 +315,8 @@ def test_encoders_have_the_published_sizes():
         )  # fmt: skip
         parts = vae, CLIPTextModel(clip), CLIPTextModelWithProjection(big)
     counts = tuple(sum(weight.numel() for weight in part.parameters()) for part in parts)
-    assert counts == (memory.VAE, memory.CLIP_L, memory.BIG_G)
-    assert memory.encoders("sdxl", BF16, torch.float32) == pytest.approx(
+    assert counts == (budget.VAE, budget.CLIP_L, budget.BIG_G)
+    assert budget.encoders("sdxl", BF16, torch.float32) == pytest.approx(
         (4 * counts[0] + 2 * counts[1] + 2 * counts[2]) / 2**30
     )
-    assert memory.encoders("sd15", BF16, BF16) == 2 * (counts[0] + counts[1]) / 2**30
+    assert budget.encoders("sd15", BF16, BF16) == 2 * (counts[0] + counts[1]) / 2**30
