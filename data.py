@@ -9,8 +9,8 @@ and caption dropout follow from (seed, n) alone, so the data depend on neither r
 accumulation nor history, and a run resumes by counting from elsewhere.
 
 Where this departs from the released script, and why:
- 1. A broken image drops its pair, and is counted; there it leaves one column only, and every later
-    image of the batch is paired with a stranger, under a stranger's label.
+ 1. A broken image drops its pair, and is counted; there it leaves one column shorter than the
+    others, so that `datasets` raises IndexError and the run ends.
  2. The pair shares its flip and random crop; there each image draws its own, so that winner and
     loser also differ by what nobody judged.
  3. Batches run on across the end of an epoch; there the last incomplete one is lost.
