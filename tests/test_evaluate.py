@@ -31,37 +31,29 @@ from system.files import ROOT, UserError
 # A stub: a "model" is a folder whose name says how well it draws.
 
 QUALITY = {"dull": (0.4, 2.0), "vivid": (0.95, 0.3)}  # saturation, blur
-OTHERS = {"old": ("sd15", 32), "large": ("sdxl", 128)}  # architecture, latent px
+KINDS = {"dull": ("XL", 16), "vivid": ("XL", 16), "old": ("", 32), "large": ("XL", 128)}
 
 
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
     """Calls of model.sample and of model.load_any, in stub.calls and stub.loaded."""
-    for name in [*QUALITY, *OTHERS]:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model_index.json").write_text("{}")
+    for name, (kind, size) in KINDS.items():
+        (tmp_path / name / "unet").mkdir(parents=True)
+        (tmp_path / name / "unet/config.json").write_text(json.dumps({"sample_size": size}))
+        index = {"_class_name": f"StableDiffusion{kind}Pipeline"}
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "config.json").write_text("{}")  # a UNet alone
     (tmp_path / "empty").mkdir()
     stub = types.SimpleNamespace(calls=[], loaded=[], stop=math.inf)
 
-    def kind(path):
-        if (tmp_path / path / "config.json").is_file():
-            return "unet"
-        if (tmp_path / path / "model_index.json").is_file():
-            return "pipeline"
-        raise UserError(f"'{path}' is not a model.")
-
-    def read_config(name, part):
-        return {"sample_size": OTHERS.get(name, ("sdxl", 16))[1]}
-
     def load_any(path, base=None, dtype=None):
         stub.loaded.append((path, base))
-        file = tmp_path / path / ("config.json" if base else "model_index.json")
+        files = sorted((tmp_path / path).rglob("*.json"))
+        config = types.SimpleNamespace(sample_size=KINDS.get(path, ("", 16))[1])
         pipeline = types.SimpleNamespace(quality=QUALITY.get(path, (0.7, 1.0)), vae_scale_factor=8)
-        config = types.SimpleNamespace(sample_size=read_config(path, "unet")["sample_size"])
         pipeline.unet = types.SimpleNamespace(config=config, dtype=dtype)
-        pipeline.identity = f"{hash((path, file.read_text())):016x}"[-16:]
+        pipeline.identity = f"{hash((path, *(file.read_text() for file in files))):016x}"[-16:]
         pipeline.to = lambda device: pipeline
         return pipeline
 
@@ -72,9 +64,6 @@ def stub(monkeypatch, tmp_path):
         rngs = [np.random.default_rng(seed) for seed in seeds]
         return [toy.draw(p, r, *pipeline.quality) for p, r in zip(prompts, rngs, strict=True)]
 
-    monkeypatch.setattr(model, "kind", kind)
-    monkeypatch.setattr(model, "architecture", lambda name: OTHERS.get(name, ("sdxl",))[0])
-    monkeypatch.setattr(model, "read_config", read_config)
     monkeypatch.setattr(model, "load_any", load_any)
     monkeypatch.setattr(model, "identity", lambda pipeline: pipeline.identity)
     monkeypatch.setattr(model, "sample", sample)
