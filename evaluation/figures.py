@@ -20,7 +20,7 @@ SMALLEST, LARGEST = 128, 512  # pixels: pictures are enlarged to at least, reduc
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
     """Break text into at most `lines` lines of at most `width` pixels; a cut is marked "..."."""
-    for characters in range(int(width), 3, -1):
+    for characters in range(max(4, min(len(text), int(width))), 3, -1):
         broken = textwrap.wrap(text, characters, max_lines=lines, placeholder="...")
         if all(font.getlength(line) <= width for line in broken):
             return broken
