@@ -55,13 +55,14 @@ from typing import NamedTuple
 
 from evaluation.published import PUBLISHED_SCORERS, TITLES, TOY
 from system.files import UserError, set_aside, write
-from system.program import HelpFormatter, Parser, reported
+from system.program import Parser, reported
 
 NAME = r"\w[\w.+-]*"  # of a model or prompt set: it becomes a folder
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser("evaluate.py", description=__doc__, formatter_class=HelpFormatter)
+    """The flags, and {name: path} of the models. Raises UserError for wrong ones."""
+    parser = Parser("evaluate.py", __doc__)
     # fmt: off
 
     add = parser.add_argument_group("what is judged").add_argument
@@ -98,11 +99,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     # fmt: on
     args = parser.parse_args(argv)
-    try:
-        check_flags(args)
-        args.models = name_models(args.models)
-    except UserError as error:
-        parser.error(str(error))
+    check_flags(args)
+    args.models = name_models(args.models)
     return args
 
 
@@ -131,8 +129,9 @@ def name_models(texts: list[str]) -> dict[str, str]:
     return models
 
 
-if __name__ == "__main__":
-    parse()  # answers --help and wrong flags before the imports below, which take seconds
+if __name__ == "__main__":  # --help and wrong flags are answered before the seconds of imports
+    with reported("evaluate.py"):
+        parse()
 
 import torch
 
@@ -363,27 +362,33 @@ def report(found: Found, judged: dict[str, dict], out: Path) -> dict:
     return results
 
 
+def run(args: argparse.Namespace) -> dict:
+    """All of it, on every rank; the contents of results.json."""
+    place = processes.together(gallery.device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    found, judges = processes.on_main(lambda: check(args))
+    for key, row in found.items():
+        drawn = {name: gallery.traits(source.manifest) for name, source in row.items()}
+        if unknown := [name for name, traits in drawn.items() if None in traits.values()]:
+            how = f"note: with which seeds and settings {', '.join(unknown)} drew {key}"
+            print0(f"{how} is not fully known; the images are compared as they are.")
+    for name in args.models:
+        draw(name, [row[name] for row in found.values()])
+        free()
+    judged = {}
+    for scorer in judges:
+        judged[scorer] = judge(scorer, args.scorer_folder, found)
+        free()
+    return processes.on_main(lambda: report(found, judged, args.out))
+
+
 def main(argv: list[str] | None = None) -> dict:
-    args = parse(argv)
-    model.quiet()
-    with reported("evaluate.py"), processes.joined():
-        place = processes.together(gallery.device)
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
-        found, judges = processes.on_main(lambda: check(args))
-        for key, row in found.items():
-            drawn = {name: gallery.traits(source.manifest) for name, source in row.items()}
-            if unknown := [name for name, traits in drawn.items() if None in traits.values()]:
-                how = f"note: with which seeds and settings {', '.join(unknown)} drew {key}"
-                print0(f"{how} is not fully known; the images are compared as they are.")
-        for name in args.models:
-            draw(name, [row[name] for row in found.values()])
-            free()
-        judged = {}
-        for scorer in judges:
-            judged[scorer] = judge(scorer, args.scorer_folder, found)
-            free()
-        return processes.on_main(lambda: report(found, judged, args.out))
+    with reported("evaluate.py"):
+        args = parse(argv)
+        model.quiet()
+        with processes.joined():
+            return run(args)
 
 
 if __name__ == "__main__":

@@ -336,7 +336,7 @@ def test_what_training_cost_is_shown_for_models_that_know(stub):
 def test_an_interrupted_run_goes_on_to_the_same_bytes(stub, capsys):
     run("--batch", "5", out="whole")
     stub.calls, stub.stop = [], 6  # the second model's third batch
-    told = "evaluate.py: interrupted; the same command continues."
+    told = "evaluate.py: interrupted; the same command resumes."
     assert interrupted(capsys, "--batch", "5") == told
     folder = Path("out/images/toy/vivid")
     assert len(list(folder.glob("*.png"))) == 10 and not Path("out/table.md").exists()
