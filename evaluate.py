@@ -5,8 +5,8 @@ From two checkpoints to the table; here the demo's, in a minute on a CPU:
     python evaluate.py --models base=tiny aligned=out/demo/aligned --prompts toy --seeds 16 \\
                        --out out/demo
 
-The published comparison, a look at 100 of its prompts, and all of it on 8 GPUs (any command can be
-run under torchrun or deepspeed; the files are the same):
+The published comparison, a look at 100 of its prompts, and all of it on 8 GPUs (every command runs
+under torchrun or deepspeed too, and writes the same files):
 
     python evaluate.py --models base=sdxl inpo=JaydenLu666/InPO-SDXL --prompts parti
     python evaluate.py --models base=sdxl inpo=out/sdxl-inpo --prompts parti --limit 100 \\
@@ -14,19 +14,19 @@ run under torchrun or deepspeed; the files are the same):
     torchrun --nproc_per_node 8 evaluate.py --prompts hpdv2 parti --models base=sdxl \\
                        dpo=mhdang/dpo-sdxl-text2image-v1 inpo=JaydenLu666/InPO-SDXL
 
-A model is a diffusers pipeline (folder, hub id; sdxl, sd15, tiny), a UNet or a LoRA, which are put
-into --base, or a folder of images: drawn here before (it has a manifest.json), or elsewhere (PNG or
-JPEG files; in natural order file k shows prompt k mod P of the P of --prompts):
+A model is a diffusers pipeline (folder, hub id; sdxl, sd15, tiny); a UNet or a LoRA, which is put
+into --base; or a folder of images, drawn here before (it has a manifest.json) or elsewhere (PNG or
+JPEG files: in natural order file k shows prompt k mod P of the P of --prompts):
 
     python evaluate.py --models base=sdxl lora=out/lora/pytorch_lora_weights.safetensors \\
                        --prompts parti
     python evaluate.py --models ours=out/eval/images/parti/inpo theirs=pictures/parti
 
 The first model is the baseline. Every model draws the same prompts from the same initial noise, so
-images pair up, and a win rate is the share of pairs that a model wins. Only models share a seed.
-Were it shared by prompts too, so would be their noise, and the intervals, which take prompts for
-independent, would be too narrow. The same command goes on where it was interrupted, to the same
-bytes; other settings or weights for the same folder are refused. Under --out it writes
+images pair up; a win rate is the share of pairs that a model wins. Each prompt has its own seed,
+shared by all models; one seed across prompts would correlate them, and make intervals too narrow.
+The same command continues an interrupted one, to the same bytes; other settings or weights for the
+same folder are refused. A table of other models is kept under its date. Under --out stand
 
     images/SET/NAME/00000.png ...    image k: prompt k mod P of P prompts, from seed first_seed + k
     images/SET/NAME/manifest.json    model, settings, and prompt and seed of each image
@@ -50,33 +50,105 @@ import json
 import math
 import os
 import re
-import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+from evaluation.published import PUBLISHED_SCORERS, TITLES, TOY
+from system.files import UserError, set_aside, write
+from system.program import Parser, reported
+
+NAME = r"\w[\w.+-]*"  # of a model or prompt set: it becomes a folder
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, and {name: path} of the models. Raises UserError for wrong ones."""
+    parser = Parser("evaluate.py", __doc__)
+    # fmt: off
+
+    add = parser.add_argument_group("what is judged").add_argument
+    add("--models", nargs="+", required=True, metavar="NAME=PATH",
+        help="two or more, the baseline first: pipelines, UNets, LoRAs or folders of images")
+    add("--base", metavar="PATH",
+        help="pipeline of the UNets and LoRAs (default: the first pipeline among the models)")
+    add("--prompts", nargs="+", metavar="SET",
+        help="one or more of toy, hpdv2, hpdv2-test, parti (or parti=PATH of a local copy), .txt "
+             "files, a prompt a line, and .tsv files with the columns Prompt and Category "
+             "(default: those of a folder of images drawn here, else toy for tiny models)")
+    add("--limit", type=int, metavar="N",
+        help="judge N prompts of each set, evenly spaced (default: all)")
+    add("--scorers", nargs="+", choices=TITLES, metavar="SCORER",
+        help=f"one or more of {', '.join(TITLES)} (default: {' '.join(TOY)} for toy captions, else "
+             f"{' '.join(PUBLISHED_SCORERS)})")
+    add("--scorer-folder", type=Path, metavar="FOLDER",
+        help="copies of the scorers' hub repositories, as FOLDER/owner/name (default: the hub)")
+
+    add = parser.add_argument_group("how images are drawn").add_argument
+    add("--seeds", type=int, default=1, metavar="N", help="images per prompt and model")
+    add("--first-seed", type=int, default=0, metavar="N",
+        help="seed of the first image; the next ones count up")
+    add("--steps", type=int, metavar="N",
+        help="sampling steps per image (default: tiny 25, others 50)")
+    add("--guidance", type=float, metavar="W",
+        help="classifier-free guidance scale, 1 = none (default: tiny 2, SDXL 5, SD1.5 7.5)")
+    add("--batch", type=int, metavar="N",
+        help="images per call of a model (default: SDXL 4, others 16)")
+
+    add = parser.add_argument_group("what is written").add_argument
+    add("--out", type=Path, default=Path("out/eval"), metavar="FOLDER",
+        help="folder for images, scores, tables and pictures")
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's
+    # fmt: on
+    args = parser.parse_args(argv)
+    check_flags(args)
+    args.models = name_models(args.models)
+    return args
+
+
+def check_flags(args: argparse.Namespace):
+    least = {"seeds": 1, "first_seed": 0, "steps": 1, "batch": 1, "limit": 1}
+    for option, low in least.items():
+        if getattr(args, option) is not None and getattr(args, option) < low:
+            raise UserError(f"--{option.replace('_', '-')} must be at least {low}.")
+    if args.guidance is not None and not 1 <= args.guidance < math.inf:
+        raise UserError("--guidance must be a number from 1, which means none.")
+
+
+def name_models(texts: list[str]) -> dict[str, str]:
+    """{"base": "out/run", ...} of "base=out/run"; a bare path is named by its last part."""
+    models = {}
+    for text in texts:
+        name, path = text.split("=", 1) if "=" in text else (Path(text).name, text)
+        if not path or not re.fullmatch(NAME, name):
+            words = "letters, digits, _ . + and -"
+            raise UserError(f"'{text}' is not NAME=PATH with a NAME of {words}.")
+        if name.casefold() in map(str.casefold, models):  # folders of some systems ignore case
+            raise UserError(f"two models are named '{name}'; tell them apart with NAME=PATH.")
+        models[name] = path
+    if len(models) < 2:
+        raise UserError("--models needs at least two models, the baseline first.")
+    return models
+
+
+if __name__ == "__main__":  # --help and wrong flags are answered before the seconds of imports
+    with reported("evaluate.py"):
+        parse()
+
 import torch
-import torch.distributed as dist
 
 import model
 import toy
-from evaluation import figures, gallery, scorers, tables, winrate
+from evaluation import gallery, scorers, tables, winrate
 from evaluation.gallery import generate, score
 from evaluation.prompts import PromptSet
 from evaluation.prompts import read as read_prompts
-from evaluation.published import TITLES
 from system import hub, processes
-from system.files import UserError
 from system.processes import print0
-from system.program import HelpFormatter, reported
 
 # --------------------------------------------------------------------------------------------------
 # Checks: what a user can get wrong is said before a model draws.
 
 USUAL = {"tiny": (25, 2.0, 16), "sdxl": (50, 5.0, 4), "sd15": (50, 7.5, 16)}
 FLAGS = "steps", "guidance", "batch"  # of USUAL
-SCORERS = {True: ["preference", "faithfulness"], False: ["aesthetic", "pickscore", "hps", "clip"]}
-NAME = r"\w[\w.+-]*"  # of a model or prompt set: it becomes a folder
 
 
 class Source(NamedTuple):
@@ -87,13 +159,16 @@ class Source(NamedTuple):
     draws: bool
 
 
-def check(args: argparse.Namespace) -> dict[str, dict[str, Source]]:
-    """{prompt set: {model: its images}}, and args.scorers filled in. Raises UserError.
+Found = dict[str, dict[str, Source]]  # {prompt set: {model: its images}}
 
-    Cheap things first; at last every model that draws is loaded once: its weights are there, fit
-    together, and are those that drew what its folders already hold."""
-    check_flags(args)
-    models = name_models(args.models)
+
+def check(args: argparse.Namespace) -> tuple[Found, list[str]]:
+    """(what is judged, by which scorers). Raises UserError.
+
+    What is cheap to check comes first. In the end every model that draws is loaded once: its
+    weights are there, fit together, and are those that drew what its folders already hold."""
+    check_out(args.out)
+    models = args.models
     given = {name: Path(path) for name, path in models.items() if gallery.is_gallery(path)}
     kinds = {name: hub.kind(path) for name, path in models.items() if name not in given}
     first = next((models[name] for name, kind in kinds.items() if kind == "pipeline"), None)
@@ -106,9 +181,9 @@ def check(args: argparse.Namespace) -> dict[str, dict[str, Source]]:
 
     sets = read_sets(args.prompts, given, set(families.values()) == {"tiny"})
     every = [prompt for prompts in sets for prompt in prompts.prompts]
-    usual = SCORERS[set(every) <= set(toy.prompts())]
-    args.scorers = list(dict.fromkeys(args.scorers or usual))
-    for scorer in args.scorers:
+    usual = TOY if set(every) <= set(toy.prompts()) else PUBLISHED_SCORERS
+    judges = list(dict.fromkeys(args.scorers or usual))
+    for scorer in judges:
         scorers.check(scorer, every, args.scorer_folder)
 
     dtype = "float32" if gallery.device().type == "cpu" else "float16"
@@ -130,10 +205,10 @@ def check(args: argparse.Namespace) -> dict[str, dict[str, Source]]:
         read_cost(found[sets[0].name][name].manifest.get("model"))
         identify(name, found)
         free()
-    return found
+    return found, judges
 
 
-def identify(name: str, found: dict[str, dict[str, Source]]):
+def identify(name: str, found: Found):
     """Complete a model's manifests from its weights; UserError where others drew its images."""
     pipeline = None
     for row in found.values():
@@ -150,34 +225,12 @@ def load(manifest: dict):
     return model.load_any(manifest["model"], manifest["base"], dtype)
 
 
-def check_flags(args: argparse.Namespace):
-    least = {"seeds": 1, "first_seed": 0, "steps": 1, "batch": 1, "limit": 1}
-    for option, low in least.items():
-        if getattr(args, option) is not None and getattr(args, option) < low:
-            raise UserError(f"--{option.replace('_', '-')} must be at least {low}.")
-    if args.guidance is not None and not 1 <= args.guidance < math.inf:
-        raise UserError("--guidance must be a number from 1, which means none.")
-    if any(path.exists() and not path.is_dir() for path in (args.out, *args.out.parents)):
-        raise UserError(f"--out '{args.out}' is a file, or lies in one, and must be a folder.")
-    there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+def check_out(out: Path):
+    if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
+        raise UserError(f"--out '{out}' is a file, or lies in one, and must be a folder.")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK):
-        raise UserError(f"--out '{args.out}' cannot be written; name a folder of yours.")
-
-
-def name_models(texts: list[str]) -> dict[str, str]:
-    """{"base": "out/run", ...} of "base=out/run"; a bare path is named by its last part."""
-    models = {}
-    for text in texts:
-        name, path = text.split("=", 1) if "=" in text else (Path(text).name, text)
-        if not path or not re.fullmatch(NAME, name):
-            words = "letters, digits, _ . + and -"
-            raise UserError(f"'{text}' is not NAME=PATH with a NAME of {words}.")
-        if name.casefold() in map(str.casefold, models):  # folders of some systems ignore case
-            raise UserError(f"two models are named '{name}'; tell them apart with NAME=PATH.")
-        models[name] = path
-    if len(models) < 2:
-        raise UserError("--models needs at least two models, the baseline first.")
-    return models
+        raise UserError(f"--out '{out}' cannot be written; name a folder of yours.")
 
 
 def family(pipeline: str) -> str:
@@ -242,18 +295,18 @@ def read_cost(path: str | None) -> dict | None:
 
 
 def draw(name: str, sources: list[Source]):
-    """Draw what is missing of a model's images. It is loaded only if something is."""
-    todo = [source for source in sources if source.draws]
-    if not any(processes.gather(any(gallery.missing(s.folder, s.manifest) for s in todo))):
+    """Draw a model's images that are missing; the model is loaded only if there are any."""
+    drawn = [source for source in sources if source.draws]
+    if not any(processes.gather(any(gallery.missing(s.folder, s.manifest) for s in drawn))):
         return
-    pipeline = gallery.together(lambda: load(todo[0].manifest).to(gallery.device()))
-    for folder, manifest, _ in todo:
+    pipeline = processes.together(lambda: load(drawn[0].manifest).to(gallery.device()))
+    for folder, manifest, _ in drawn:
         generate(pipeline, folder, manifest, f"{manifest['set']} by {name}")
 
 
-def judge(scorer: str, folder: Path | None, found: dict[str, dict[str, Source]]) -> dict:
+def judge(scorer: str, folder: Path | None, found: Found) -> dict:
     """{prompt set: {model: a number per image}}."""
-    judge = gallery.together(lambda: scorers.load(scorer, folder, gallery.device()))
+    judge = processes.together(lambda: scorers.load(scorer, folder, gallery.device()))
     return {
         key: {
             name: score(source.folder, source.manifest["images"], judge, f"{scorer} of {name}")
@@ -270,7 +323,7 @@ def free():
         torch.cuda.empty_cache()
 
 
-def report(found: dict[str, dict[str, Source]], judged: dict[str, dict], out: Path) -> dict:
+def report(found: Found, judged: dict[str, dict], out: Path) -> dict:
     """Write and print what the docstring lists; judged: {scorer: {set: {model: numbers}}}."""
     models = {name: source.manifest for name, source in next(iter(found.values())).items()}
     keys = ("model", "base", "architecture", "size", "identity")
@@ -279,7 +332,6 @@ def report(found: dict[str, dict[str, Source]], judged: dict[str, dict], out: Pa
     results |= {"sets": {}, "scores": [], "win_rates": []}
     results["costs"] = {name: cost for name, cost in costs.items() if cost}
     kept = {}
-    out.mkdir(parents=True, exist_ok=True)
     for key, row in found.items():
         results["sets"][key] = gallery.shared([source.manifest for source in row.values()])
         images = next(iter(row.values())).manifest["images"]
@@ -292,109 +344,51 @@ def report(found: dict[str, dict[str, Source]], judged: dict[str, dict], out: Pa
         files = {n: [e["file"] for e in source.manifest["images"]] for n, source in row.items()}
         shown = [{k: v for k, v in entry.items() if k != "file"} for entry in images]
         kept[key] = {"images": shown, "files": files, "scores": scores}
-    gallery.write(out / "scores.json", kept)
-    gallery.write(out / "results.json", results)
-    gallery.write(out / "table.md", tables.table(results))
-    print(tables.table(results))
+    out.mkdir(parents=True, exist_ok=True)
+    texts = {"scores.json": gallery.to_json(kept), "results.json": gallery.to_json(results)}
+    texts["table.md"] = tables.table(results)
+    there = [out / name for name in texts if (out / name).is_file()]
+    if any(path.read_bytes() != texts[path.name].encode() for path in there):
+        there += [path for key in found if (path := out / f"{key}.png").is_file()]
+        kept = ", ".join(path.name for path in set_aside(there))
+        print(f"The earlier results, of other models or settings, are kept as {kept}.\n")
+    for name, text in texts.items():
+        write(out / name, text)
+    print(texts["table.md"])
     for key, row in found.items():
-        picture(row, results["sets"][key]["prompts"]).save(out / f"{key}.png")
+        shown = {name: (source.folder, source.manifest["images"]) for name, source in row.items()}
+        picture = gallery.overview(shown, results["sets"][key]["prompts"])
+        gallery.save_png(picture, out / f"{key}.png")
     return results
 
 
-def picture(row: dict[str, Source], prompts: int, rows: int = 8):
-    """Up to `rows` of the prompts, evenly spaced and not picked; columns are the models. Of up to
-    three models two blocks stand side by side, each of half the rows."""
-    lists = [(source.folder, source.manifest["images"]) for source in row.values()]
-
-    def block(chosen: list[int]):
-        cells = [[gallery.open_image(f / images[k]["file"]) for f, images in lists] for k in chosen]
-        return figures.grid(cells, [lists[0][1][k]["prompt"] for k in chosen], list(row))
-
-    chosen = gallery.spaced(prompts, rows)
-    half = len(chosen) if len(row) > 3 else -(-len(chosen) // 2)
-    return figures.beside([block(part) for part in (chosen[:half], chosen[half:]) if part])
-
-
-# --------------------------------------------------------------------------------------------------
-# The command line.
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """One sentence, said once however many ranks there are."""
-        print0(f"{self.prog}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("evaluate.py", description=__doc__, formatter_class=HelpFormatter)
-    # fmt: off
-
-    add = parser.add_argument_group("what is judged").add_argument
-    add("--models", nargs="+", required=True, metavar="NAME=PATH",
-        help="two or more, the baseline first: pipelines, UNets, LoRAs or folders of images")
-    add("--base", metavar="PATH",
-        help="pipeline of the UNets and LoRAs (default: the first pipeline among the models)")
-    add("--prompts", nargs="+", metavar="SET",
-        help="one or more of toy, hpdv2, hpdv2-test, parti (or parti=PATH of a local copy), .txt "
-             "files, a prompt a line, and .tsv files with the columns Prompt and Category "
-             "(default: those of a folder of images drawn here, else toy for tiny models)")
-    add("--limit", type=int, metavar="N",
-        help="judge N prompts of each set, evenly spaced (default: all)")
-    add("--scorers", nargs="+", metavar="SCORER",
-        help=f"one or more of {', '.join(TITLES)} (default: {' '.join(SCORERS[True])} for "
-             f"toy captions, else {' '.join(SCORERS[False])})")
-    add("--scorer-folder", type=Path, metavar="FOLDER",
-        help="copies of the scorers' hub repositories, as FOLDER/owner/name (default: the hub)")
-
-    add = parser.add_argument_group("how images are drawn").add_argument
-    add("--seeds", type=int, default=1, metavar="N", help="images per prompt and model")
-    add("--first-seed", type=int, default=0, metavar="N",
-        help="seed of the first image; the next ones count up")
-    add("--steps", type=int, metavar="N",
-        help="sampling steps per image (default: tiny 25, others 50)")
-    add("--guidance", type=float, metavar="W",
-        help="classifier-free guidance scale, 1 = none (default: tiny 2, SDXL 5, SD1.5 7.5)")
-    add("--batch", type=int, metavar="N",
-        help="images per call of a model (default: SDXL 4, others 16)")
-
-    add = parser.add_argument_group("what is written").add_argument
-    add("--out", type=Path, default=Path("out/eval"), metavar="FOLDER",
-        help="folder for images, scores, tables and pictures")
-    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's
-    # fmt: on
-    return parser.parse_args(argv)
+def run(args: argparse.Namespace) -> dict:
+    """All of it, on every rank; the contents of results.json."""
+    place = processes.together(gallery.device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    found, judges = processes.on_main(lambda: check(args))
+    for key, row in found.items():
+        drawn = {name: gallery.traits(source.manifest) for name, source in row.items()}
+        if unknown := [name for name, traits in drawn.items() if None in traits.values()]:
+            how = f"note: with which seeds and settings {', '.join(unknown)} drew {key}"
+            print0(f"{how} is not fully known; the images are compared as they are.")
+    for name in args.models:
+        draw(name, [row[name] for row in found.values()])
+        free()
+    judged = {}
+    for scorer in judges:
+        judged[scorer] = judge(scorer, args.scorer_folder, found)
+        free()
+    return processes.on_main(lambda: report(found, judged, args.out))
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse(argv)
-    model.quiet()
-    try:
-        with reported("evaluate.py"):
-            if processes.world() > 1:
-                store = processes.roll_call(timeout=600)
-                dist.init_process_group("gloo", timeout=timedelta(days=1))
-                del store  # the group has taken it up
-            place = gallery.together(gallery.device)
-            if place.type == "cuda":
-                torch.cuda.set_device(place)
-            found, args.scorers = processes.on_main(lambda: (check(args), args.scorers))
-            for key, row in found.items():
-                drawn = {name: gallery.traits(source.manifest) for name, source in row.items()}
-                if unknown := [name for name, traits in drawn.items() if None in traits.values()]:
-                    how = f"note: with which seeds and settings {', '.join(unknown)} drew {key}"
-                    print0(f"{how} is not fully known; the images are compared as they are.")
-            for name in next(iter(found.values())):
-                draw(name, [row[name] for row in found.values()])
-                free()
-            judged = {}
-            for scorer in args.scorers:
-                judged[scorer] = judge(scorer, args.scorer_folder, found)
-                free()
-            return processes.on_main(lambda: report(found, judged, args.out))
-    finally:
-        if processes.world() > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+    with reported("evaluate.py"):
+        args = parse(argv)
+        model.quiet()
+        with processes.joined():
+            return run(args)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ SMALLEST, LARGEST = 128, 512  # pixels: pictures are enlarged to at least, reduc
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
     """Break text into at most `lines` lines of at most `width` pixels; a cut is marked "..."."""
-    for characters in range(int(width), 3, -1):
+    for characters in range(max(4, min(len(text), int(width))), 3, -1):
         broken = textwrap.wrap(text, characters, max_lines=lines, placeholder="...")
         if all(font.getlength(line) <= width for line in broken):
             return broken
@@ -28,17 +28,14 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> l
 
 
 def grid(
-    images: list[list[Image.Image]],
-    rows: list[str] = (),
-    columns: list[str] = (),
-    scale: int | None = None,
+    images: list[list[Image.Image]], rows: list[str] = (), columns: list[str] = ()
 ) -> Image.Image:
     """A labelled picture of images[row][column] on white, RGB.
 
-    rows, columns: labels, usually prompts and models; () leaves no room for them. scale: how many
-    times pictures are enlarged; None enlarges small ones (64 px to 128 px) and reduces large ones
-    to 512 px. All cells are as large as the largest picture, which smaller ones are fitted to.
-    Rows may differ in length. Raises ValueError without a picture, or where labels do not fit."""
+    rows, columns: labels, usually prompts and models; () leaves no room for them. Small pictures
+    are enlarged (64 px to 128 px), large ones reduced to 512 px. All cells are as large as the
+    largest picture; smaller ones are fitted to it. Rows may differ in length. Raises ValueError
+    without a picture, or where the number of labels is wrong."""
     pictures = [image for row in images for image in row]
     across = max((len(row) for row in images), default=0)
     if not pictures:
@@ -47,7 +44,7 @@ def grid(
         raise ValueError(f"{len(rows)} x {len(columns)} labels for {len(images)} x {across} cells.")
     width, height = max(image.width for image in pictures), max(image.height for image in pictures)
     side = max(width, height)
-    scale = scale or max(1, math.ceil(SMALLEST / side)) * min(1, LARGEST / side)
+    scale = max(1, math.ceil(SMALLEST / side)) * min(1, LARGEST / side)
     width, height = round(width * scale), round(height * scale)  # of a cell
 
     font = ImageFont.load_default(size=min(28, max(14, width / 10)))
@@ -129,9 +126,7 @@ def curves(metrics: list[dict], path: str | Path, title: str = "", method: str =
     Faint points are single steps, lines their running mean over a tenth of the run. Dashed: the
     value where the policy is the reference, where a run starts: loss log 2 (KTO: 1/2; SFT has no
     reference), accuracy 0.5 (ties count half), rewards and differences of error 0."""
-    from matplotlib.figure import (
-        Figure,
-    )  # draws PNGs with Agg; pyplot's global state stays as it is
+    from matplotlib.figure import Figure  # unlike pyplot it keeps no global state
 
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
@@ -179,8 +174,8 @@ def trajectories(panels: list[dict], path: str | Path, title: str = "", columns:
 
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
-    for panel, axes in zip(panels, grid, strict=False):
+    places = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel, axes in zip(panels, places[: len(panels)], strict=True):
         for i, (name, runs) in enumerate(panel["lines"].items()):
             for xs, ys in runs:
                 axes.plot(xs, ys, color=f"C{i}", alpha=0.25, linewidth=1)
@@ -195,7 +190,7 @@ def trajectories(panels: list[dict], path: str | Path, title: str = "", columns:
         axes.grid(color="#e6e6e6", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    for axes in list(grid):
+    for axes in places[len(panels) :]:
         axes.set_axis_off()
     figure.suptitle(title, fontsize=13)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

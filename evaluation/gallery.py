@@ -24,26 +24,13 @@ from PIL import Image
 from tqdm import tqdm
 
 import model
+from evaluation import figures
 from evaluation.prompts import PromptSet
 from system import hub, processes
-from system.files import UserError
+from system.files import UserError, differences, replacing, write
 
 # --------------------------------------------------------------------------------------------------
-# Ranks. A launcher starts one process per GPU; plain `python` is a group of one.
-
-
-def together(action, more_memory: str = "free some, or take a larger one"):
-    """action() on every rank, its result on each. A mistake on any one is a UserError on all.
-
-    more_memory: what to do where a GPU has too little."""
-
-    def tried():
-        try:
-            return action()
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"the GPU's memory is too small; {more_memory}.") from error
-
-    return processes.together(tried)
+# The machine. A launcher starts one process per GPU; plain `python` is a group of one.
 
 
 def device() -> torch.device:
@@ -219,15 +206,20 @@ def refuse_others(folder: Path, manifest: dict):
     there, fix = read_manifest(folder), "name another --out, or delete that folder."
     if there is None:
         raise UserError(f"'{folder}' holds pictures without a manifest; {fix}")
-    skip = ("name", "model", "base", "images")  # weights count, not where they lie
-    keys = [key for key in there | manifest if key not in skip]
-    pairs = {key: (there.get(key), manifest.get(key)) for key in keys}
-    pairs["images"] = len(there["images"]), len(manifest["images"])
-    for k, (old, new) in enumerate(zip(there["images"], manifest["images"], strict=False)):
-        pairs |= {f"{key} of image {k}": (old.get(key), new.get(key)) for key in old | new}
-    differ = [f"{key}: {old} there, {new} now" for key, (old, new) in pairs.items() if old != new]
-    if differ:
-        raise UserError(f"'{folder}' holds other images ({'; '.join(differ[:5])}); {fix}")
+    common = min(len(there["images"]), len(manifest["images"]))
+    if differ := differences(settings(there, common), settings(manifest, common), 5):
+        raise UserError(f"'{folder}' holds other images ({differ}); {fix}")
+
+
+def settings(manifest: dict, images: int) -> dict:
+    """What decides a folder's images, the first `images` of them one by one. The model's weights
+    count, by their identity, and not where they lie."""
+    skipped = ("name", "model", "base", "images")
+    found = {key: value for key, value in manifest.items() if key not in skipped}
+    found["images"] = len(manifest["images"])
+    for k, entry in enumerate(manifest["images"][:images]):
+        found |= {f"{key} of image {k}": value for key, value in entry.items()}
+    return found
 
 
 def missing(folder: Path, manifest: dict) -> list[list[dict]]:
@@ -244,15 +236,20 @@ def missing(folder: Path, manifest: dict) -> list[list[dict]]:
 # Draw, and judge.
 
 
-def write(path: Path, content: dict | str | Image.Image):
-    """Write a file beside its place, then rename it: a killed run leaves no half of one."""
-    part = path.with_name(path.name + ".part")
-    if isinstance(content, Image.Image):
-        content.save(part, "PNG")
-    else:
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        part.write_text(content if isinstance(content, str) else text, "utf-8")
-    part.replace(path)
+def to_json(content: dict) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def save_png(image: Image.Image, path: Path):
+    """Write a picture, or leave what was there."""
+    with replacing(path) as scratch:
+        image.save(scratch, "PNG")
+
+
+TOO_LARGE = (
+    "the GPU's memory is too small; give a smaller --batch and, where pictures are there, another "
+    "--out."
+)
 
 
 def generate(pipeline, folder: Path, manifest: dict, progress: str | None = None):
@@ -265,26 +262,29 @@ def generate(pipeline, folder: Path, manifest: dict, progress: str | None = None
     def start():
         refuse_others(folder, manifest)
         folder.mkdir(parents=True, exist_ok=True)
-        failed.unlink(missing_ok=True)
-        write(folder / "manifest.json", manifest)
+        for left in (failed, *folder.glob("*.new")):  # by a rank that failed or was killed
+            left.unlink(missing_ok=True)
+        write(folder / "manifest.json", to_json(manifest))
 
     def draw():
-        settings = [manifest[key] for key in ("steps", "guidance", "batch")]
+        how = [manifest[key] for key in ("steps", "guidance", "batch")]
         off = progress is None or not processes.is_main()
         for entries in tqdm(missing(folder, manifest), desc=progress, unit="batch", disable=off):
             if failed.exists():
                 return
             texts, seeds = [e["prompt"] for e in entries], [e["seed"] for e in entries]
             try:
-                drawn = model.sample(pipeline, texts, seeds, *settings)
+                drawn = model.sample(pipeline, texts, seeds, *how)
                 for entry, image in zip(entries, drawn, strict=True):
-                    write(folder / entry["file"], image)
-            except BaseException:
+                    save_png(image, folder / entry["file"])
+            except BaseException as error:
                 failed.touch()
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise UserError(TOO_LARGE) from error
                 raise
 
     processes.on_main(start)
-    together(draw, "give a smaller --batch and, where pictures are there, another --out")
+    processes.together(draw)
 
 
 def open_image(path: Path) -> Image.Image:
@@ -320,6 +320,29 @@ def score(folder: Path, images: list[dict], judge, progress: str | None = None) 
         return found
 
     every = {
-        k: value for part in processes.gather(together(judge_mine)) for k, value in part.items()
+        k: value
+        for part in processes.gather(processes.together(judge_mine))
+        for k, value in part.items()
     }
     return [every[k] for k in range(len(images))]
+
+
+def overview(
+    models: dict[str, tuple[Path, list[dict]]], prompts: int, rows: int = 8
+) -> Image.Image:
+    """Up to `rows` of the prompts, evenly spaced and not picked; columns are the models. Of up to
+    three models two blocks stand side by side, each of half the rows.
+
+    models: {name: (folder, images)}; the first `prompts` images show a prompt each."""
+
+    def block(chosen: list[int]) -> Image.Image:
+        places = [
+            [folder / images[k]["file"] for folder, images in models.values()] for k in chosen
+        ]
+        cells = [[open_image(path) for path in row] for row in places]
+        return figures.grid(cells, [first[k]["prompt"] for k in chosen], list(models))
+
+    _, first = next(iter(models.values()))
+    chosen = spaced(prompts, rows)
+    half = len(chosen) if len(models) > 3 else -(-len(chosen) // 2)
+    return figures.beside([block(part) for part in (chosen[:half], chosen[half:]) if part])

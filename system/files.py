@@ -4,9 +4,11 @@ Nothing here takes long to import, so that programs can answer --help and wrong 
 """
 
 import contextlib
+import itertools
 import secrets
 import shutil
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]  # the folder of train_inpo.py
@@ -25,13 +27,11 @@ class UserError(ValueError):
         super().__init__(sentence.rsplit("UserError: ", 1)[-1].strip())
 
 
-def differences(there: dict, now: dict) -> str:
-    """Keys whose values differ, as "key: X there, Y now; ..."; "" where there are none."""
-    return "; ".join(
-        f"{key}: {there.get(key)} there, {now.get(key)} now"
-        for key in dict.fromkeys([*there, *now])
-        if there.get(key) != now.get(key)
-    )
+def differences(there: dict, now: dict, most: int | None = None) -> str:
+    """Keys whose values differ, as "key: X there, Y now; ..."; "" where there are none. most: how
+    many of them are named."""
+    keys = [key for key in dict.fromkeys([*there, *now]) if there.get(key) != now.get(key)]
+    return "; ".join(f"{key}: {there.get(key)} there, {now.get(key)} now" for key in keys[:most])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -63,3 +63,17 @@ def write(path: Path, text: str):
     """Write a text file, or leave what was there."""
     with replacing(path) as scratch:
         scratch.write_text(text, "utf-8")
+
+
+def set_aside(paths: list[Path]) -> list[Path]:
+    """Rename files by the day on which the newest of them was written, table.md for one to
+    table-2026-11-25.md; where that is taken, to table-2026-11-25-2.md. Returns their new places."""
+    day = date.fromtimestamp(max(path.stat().st_mtime for path in paths))
+    for n in itertools.count(1):
+        tag = f"-{day}" if n == 1 else f"-{day}-{n}"
+        places = [path.with_stem(path.stem + tag) for path in paths]
+        if not any(place.exists() for place in places):
+            break
+    for path, place in zip(paths, places, strict=True):
+        path.rename(place)
+    return places

@@ -11,6 +11,7 @@ side of it.
 """
 
 import atexit
+import contextlib
 import functools
 import hashlib
 import json
@@ -21,7 +22,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from importlib.metadata import version
 from os.path import commonprefix
@@ -99,6 +100,24 @@ def join(timeout: float = 600.0):
         if group.cache_info().currsize == 0:
             # gloo's threads abort a process that ends beside them, now and then (torch 2.13).
             atexit.register(dist.destroy_process_group, group())
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """The launcher's ranks are one group over gloo, without DeepSpeed, until the end of the block;
+    plain `python`, and ranks that have joined before, stay as they are. Raises UserError."""
+    if world() == 1 or dist.is_initialized():
+        yield
+        return
+    store = roll_call(timeout=600.0)
+    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    del store  # the group has taken it up
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        for group in (cpu_group, patient_group):
+            group.cache_clear()
 
 
 def roll_call(timeout: float) -> dist.Store:
@@ -246,13 +265,15 @@ def first(words: str | None) -> str | None:
 
 
 def together(action: Callable) -> Any:
-    """action() on every rank; a UserError or OSError on any one is a UserError on all
-    (collective)."""
+    """action() on every rank; a UserError, an OSError or too little GPU memory on any one is a
+    UserError on all (collective)."""
     result = said = None
     try:
         result = action()
     except (UserError, OSError) as error:
         said = str(error) or type(error).__name__
+    except torch.OutOfMemoryError:
+        said = "the GPU's memory is too small; free some, or take a larger one."
     if said := first(said):
         raise UserError(said)
     return result

@@ -1,0 +1,112 @@
+"""Laws of figures.py: labelled grids and training curves."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from evaluation import figures
+
+# --------------------------------------------------------------------------------------------------
+# Image grids.
+
+
+def solid(i, j, size=(64, 64)):
+    return Image.new("RGB", size, (40 * i + 10, 60 * j + 10, 200))
+
+
+def test_grid_puts_each_image_at_its_row_and_column():
+    images = [[solid(i, j) for j in range(2)] for i in range(3)]
+    bare = figures.grid(images)
+    assert bare.size == (2 * 16 + 2 * 128 + 8, 2 * 16 + 3 * 128 + 2 * 8)
+    long = "a very long prompt that has to be broken into several lines, or else it would not fit"
+    labelled = figures.grid(images, [long, "b", "c"], ["base", "aligned"])
+    dx, dy = labelled.width - bare.width, labelled.height - bare.height
+    assert dx > 100 and dy > 14
+    for i in range(3):
+        for j in range(2):
+            x, y = 16 + j * 136, 16 + i * 136
+            for picture, left, top in ((bare, x, y), (labelled, x + dx, y + dy)):
+                cell = picture.crop((left, top, left + 128, top + 128))
+                assert cell.getcolors() == [(128 * 128, (40 * i + 10, 60 * j + 10, 200))]
+    pixels = np.asarray(labelled.convert("L"))
+    assert (pixels[:, :16] == 255).all() and (pixels[:, 16 + dx - 6 : 16 + dx] == 255).all()
+    for i in range(3):  # something is written beside each row, more where the label is longer
+        assert (pixels[16 + dy + i * 136 :][:128, 16 : 16 + dx] < 128).sum() > 5
+    assert (pixels[: 16 + dy, 16 + dx : 144 + dx] < 128).any()
+
+
+def test_grid_enlarges_small_pictures_and_reduces_large_ones():
+    def side(size):
+        return figures.grid([[solid(1, 1, size)]]).width - 2 * 16
+
+    sizes = {10: 130, 64: 128, 100: 200, 128: 128, 300: 300, 512: 512, 1024: 512}
+    assert {n: side((n, n)) for n in sizes} == sizes
+    sharp = figures.grid([[Image.fromarray(np.eye(64, dtype=np.uint8) * 255)]])
+    assert {color for _, color in sharp.getcolors()} == {(0, 0, 0), (255, 255, 255)}
+    tall = figures.grid([[solid(0, 0, (128, 64)), solid(0, 1, (64, 128))]])  # shapes are kept
+    assert [tall.getpixel((16 + 136 + x, 80))[1] for x in (10, 64, 118)] == [255, 70, 255]
+    mixed = figures.grid([[solid(0, 0, (64, 64)), solid(0, 1, (128, 128))], [solid(1, 0)]])
+    assert mixed.size == (2 * 16 + 2 * 128 + 8, 2 * 16 + 2 * 128 + 8)
+    assert mixed.getpixel((16, 16)) == (10, 10, 200)
+    assert mixed.getpixel((16 + 136 + 64, 16 + 136 + 64)) == (255, 255, 255)
+
+
+def test_grid_refuses_labels_that_do_not_fit():
+    one = [[solid(0, 0)]]
+    for images, rows, columns in (([], (), ()), (one, ["a", "b"], ()), (one, (), ["a", "b"])):
+        with pytest.raises(ValueError):
+            figures.grid(images, rows, columns)
+
+
+def test_labels_are_wrapped_to_their_width():
+    font = ImageFont.load_default(size=14)
+    text = "a magenta triangle on a black background, and Supercalifragilisticexpialidocious"
+    lines = figures.wrap(text, font, 128, 9)
+    assert all(font.getlength(line) <= 128 for line in lines) and 4 <= len(lines) <= 9
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    cut = figures.wrap(text, font, 128, 2)
+    assert len(cut) == 2 and cut[-1].endswith("...") and cut[0] in text
+
+
+def count(path, color):
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return int((np.abs(pixels - rgb).max(-1) < 8).sum())
+
+
+def test_curves_draw_what_was_recorded(tmp_path):
+    signs = {"loss": -0.01, "reward_winner": 0.1, "reward_loser": -0.1, "err_winner": -0.01}
+    signs |= {"err_loser": 0.01, "err_ref_winner": 0, "err_ref_loser": 0, "implicit_accuracy": 0.01}
+    metrics = [
+        {"step": i} | {key: 0.5 + i * slope for key, slope in signs.items()} for i in range(40)
+    ]
+    figures.curves(metrics, tmp_path / "new/all.png", "a title")
+    colors = (figures.WINNER, figures.LOSER, figures.BOTH)
+    assert Image.open(tmp_path / "new/all.png").size == (1500, 960)
+    assert all(count(tmp_path / "new/all.png", color) > 500 for color in colors)
+    partial = [{"step": 1, "loss": 0.7, "reward_winner": 0.0}, {"step": 2, "loss": math.nan}]
+    partial += [{"step": 3, "loss": None, "reward_winner": 1.0}, {"step": 4, "loss": 0.5}]
+    figures.curves(partial, tmp_path / "partial.png")
+    assert [count(tmp_path / "partial.png", color) > 500 for color in colors] == [True, False, True]
+    for key, drawn in {"reward_loser": [0, 1, 0], "implicit_accuracy": [0, 0, 1]}.items():
+        figures.curves([{"step": i, key: i} for i in range(9)], tmp_path / "one.png")
+        assert [count(tmp_path / "one.png", color) > 500 for color in colors] == drawn
+    figures.curves([], tmp_path / "none.png")
+    assert Image.open(tmp_path / "none.png").size == (1500, 960)
+    assert [count(tmp_path / "none.png", color) for color in colors] == [0, 0, 0]
+
+
+def test_series_leave_out_what_is_missing_and_subtract_the_reference():
+    metrics = [
+        {"step": 5, "err": 0.5, "ref": 0.2},
+        {"step": 6, "err": 0.4},
+        {"step": 7, "ref": 0.4},
+    ]
+    metrics += [{"step": 8, "err": 0.1, "ref": 0.3}, {"step": 9, "err": None, "ref": 1}]
+    x, y = figures.series(metrics, "err - ref")
+    assert x.tolist() == [5, 8] and y == pytest.approx([0.3, -0.2])
+    assert figures.series(metrics, "err")[0].tolist() == [5, 6, 8]
+    assert figures.running_mean(np.array([1.0, 3, 5, 7]), 2).tolist() == [1, 2, 4, 6]
+    assert figures.running_mean(np.array([]), 1).tolist() == []
