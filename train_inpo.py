@@ -42,7 +42,6 @@ if __name__ == "__main__":  # --help and wrong flags are answered before the sec
 
 import copy
 from argparse import Namespace
-from functools import partial
 
 import deepspeed
 import torch
@@ -54,10 +53,10 @@ import model
 from loss import inpo_loss, kto_loss, sft_loss, squared_error
 from model import Denoiser
 from system import processes
-from training import budget, card, folder, guard, lora
+from training import card, folder, guard, lora
 from training.latents import draw_timesteps, generators, latents
 from training.plan import Plan, asked, check, describe
-from training.run import Run, due
+from training.run import Run
 
 # -------------------------------------------------------------------------------------------------
 # The job.
@@ -66,14 +65,11 @@ from training.run import Run, due
 def train(args: Namespace, plan: Plan, stop: processes.Stop):
     pipeline = lora.load_start(args, plan.dtype)
     run = open_run(args, plan, pipeline, stop)
-    engine, reference = start_engine(pipeline.unet, args, plan.ds_config)
-    pipeline.register_modules(unet=engine.module)
-    pipeline.to(engine.device)
+    engine, reference = start_engine(pipeline, args, plan.ds_config)
     abar = model.alphas_cumprod(pipeline).to(engine.device)
     predicts = pipeline.scheduler.config.prediction_type
     images, at_once = plan.images_per_pair, plan.world * args.micro_batch
-    start_fp32 = partial(lora.load_start, args, torch.float32)
-    start = run.resume(engine, start_fp32)
+    start = run.resume(engine)
     batches = read_batches(args, plan, start)
     run.show(engine, pipeline, start)  # of a resumed run again: the kill may have come before
 
@@ -107,10 +103,9 @@ def train(args: Namespace, plan: Plan, stop: processes.Stop):
             engine.step()
             run.note(batch, t, losses, err, err_ref, diagnostics)
         run.log(engine, step)
-        if due(step + 1, args.checkpoint_every, args.steps):
-            run.save(engine, step + 1)
+        run.save_if_due(engine, step + 1)
         run.show(engine, pipeline, step + 1)
-    run.finish(engine, start_fp32, partial(budget.work_done, args, plan))
+    run.finish(engine, plan)
 
 
 def objective(args: Namespace, err, err_ref) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -152,12 +147,12 @@ def read_batches(args: Namespace, plan: Plan, start: int):
     )  # fmt: skip
 
 
-def start_engine(unet: torch.nn.Module, args: Namespace, ds_config: dict):
-    """(policy in a DeepSpeed engine, frozen reference), both on the device.
+def start_engine(pipeline, args: Namespace, ds_config: dict):
+    """(policy in a DeepSpeed engine, frozen reference), both on the device, as is the pipeline.
 
     The reference is a copy of the UNet, under ZeRO-3 sharded as well; for LoRA the policy itself
     without its adapters. SFT has none."""
-    adapters = lora.trains_adapters(args)
+    unet, adapters = pipeline.unet, lora.trains_adapters(args)
     reference = None if adapters or args.method == "sft" else copy.deepcopy(unet)
     if not adapters:
         unet.requires_grad_(True)
@@ -172,6 +167,8 @@ def start_engine(unet: torch.nn.Module, args: Namespace, ds_config: dict):
         ),
     )
     guard.skip_nonfinite_steps(engine)
+    pipeline.register_modules(unet=engine.module)
+    pipeline.to(engine.device)
     if args.method == "sft":
         return engine, None
     if adapters:

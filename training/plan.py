@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,6 @@ def read_pairs(args: argparse.Namespace):
 
 def describe(args: argparse.Namespace, plan: Plan) -> str:
     """The plan in words. A UNet call is a forward of one image; a backward counts as two."""
-    seen = args.steps * args.batch
     objective = {
         "inpo": "InPO, beta {beta:g}, inversion on a grid of {inversion_steps} by the {inverter}, "
         "eta {eta:g}",
@@ -211,53 +211,55 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
         "kto": "Diffusion-KTO, beta {beta:g}, {liked_share:.0%} of the weight on liked images",
         "sft": "denoising error of the winners",
     }[args.method].format(**{key: value or 0 for key, value in vars(args).items()})
-    cells = range(plan.strata)
+    seen, rank, cells = args.steps * args.batch, budget.lora_rank(args), range(plan.strata)
     work = budget.work(args, plan, cells)
     calls = budget.calls_per_image(args.method, cells, lora.trains_adapters(args))
     takes = " + ".join(f"{count:g} {purpose}" for purpose, count in calls.items())
-    stage = plan.ds_config.get("zero_optimization", {}).get("stage", 0)
-    released = " (released: Adafactor, which ZeRO would show flat partitions)"
-    released *= plan.architecture == "sdxl" and args.method != "kto"
-    adapters = ""
-    if rank := budget.lora_rank(args):
-        adapters = f", LoRA of rank {rank}" if args.lora_rank else f", LoRA, counted as rank {rank}"
-    taken, free = budget.disk(args, plan), budget.room(args.out)
-    most = sum(taken.values())
-    said = budget.in_words(most)
+    taken, free = budget.disk(args, plan), budget.in_words(budget.room(args.out))
+    adafactor = plan.architecture == "sdxl" and args.method != "kto"
+    released = " (released: Adafactor, which ZeRO would show flat partitions)" if adafactor else ""
     lines = {
         "model": f"{args.model} ({plan.architecture}), UNet of {plan.parameters / 1e6:,.1f} M "
-        f"parameters{adapters}, {plan.resolution} px",
+        f"parameters, {plan.resolution} px{f', LoRA of rank {rank}' if rank else ''}",
         "data": f"{args.data}, {len(plan.pairs):,} pairs without ties; the run sees {seen:,} "
         f"({seen / len(plan.pairs):.2f} epochs)",
         "batch": f"{args.batch} pairs = {args.micro_batch} x {plan.world} rank(s) x "
         f"{plan.accumulation} accumulated",
         "steps": f"{args.steps}; lr {args.lr:g} after {args.warmup} of warm-up; "
-        f"{plan.ds_config['optimizer']['type']}{released}, ZeRO-{stage}, "
+        f"{plan.ds_config['optimizer']['type']}{released}, "
+        f"ZeRO-{plan.ds_config['zero_optimization']['stage']}, "
         f"{str(plan.dtype).removeprefix('torch.')}",
         "objective": objective,
         "UNet calls": f"an image takes {takes}; {work['unet_calls']:,} in all, "
         f"{work['flops']:.2e} FLOPs",
         "memory": memory_in_words(args, plan) if plan.parameters >= budget.TOY else "",
         "out": f"{args.out}",
-        "disk": f"at most {said}: {', '.join(taken)}; {budget.in_words(free)} free",
+        "disk": f"at most {budget.in_words(sum(taken.values()))}: {', '.join(taken)}; {free} free",
     }
     words = [f"  {key:<12}{text}" for key, text in lines.items() if text]
+    if step := folder.resumes_at(args.out):
+        words.append(f"  {args.out} has a checkpoint; the run resumes at step {step}.")
+    return "\n".join([*words, *(f"Warning: {warning}" for warning in warnings(args, plan))])
+
+
+def warnings(args: argparse.Namespace, plan: Plan) -> Iterator[str]:
+    """What runs, but perhaps not as its user thinks."""
     if args.method == "inpo" and plan.architecture == "sd15" and not args.unet:
-        words.append(
-            "Warning: the published SD1.5 run starts from SFT on the winners; train one with "
-            "--method sft, and give its folder as --unet."
+        yield (
+            "the published SD1.5 run starts from SFT on the winners; train one with --method sft, "
+            "and give its folder as --unet."
         )
     if args.method == "inpo" and plan.world > 1 and plan.accumulation < plan.strata:
-        words.append(
-            f"Warning: an update sees {plan.accumulation} of the {plan.strata} cells of timesteps, "
-            "one a micro-step; fewer GPUs or a smaller --micro-batch let it see more."
+        yield (
+            f"an update sees {plan.accumulation} of the {plan.strata} cells of timesteps, one a "
+            "micro-step; fewer GPUs or a smaller --micro-batch let it see more."
         )
-    if free < most:
-        words.append(
-            f"Warning: --out {args.out}: the run may take {said} there, more than is "
-            "free; make room, name another folder, or keep less (--keep, --export-every)."
+    most = sum(budget.disk(args, plan).values())
+    if budget.room(args.out) < most:
+        yield (
+            f"--out {args.out}: the run may take {budget.in_words(most)} there, more than is free; "
+            "make room, name another folder, or keep less (--keep, --export-every)."
         )
-    return "\n".join(words)
 
 
 def memory_in_words(args: argparse.Namespace, plan: Plan) -> str:

@@ -28,8 +28,9 @@ from evaluation import figures
 from system import checkpoint
 from system.files import UserError, write
 from system.processes import Stop, agree, code_version, is_main, on_main, print0, shares_folder
-from training import card, folder, lora
+from training import budget, card, folder, lora
 from training.guard import NonFiniteSteps, Watch
+from training.plan import Plan
 from training.preview import Preview
 
 
@@ -161,6 +162,10 @@ class Run:
 
     # ----- checkpoints
 
+    def save_if_due(self, engine, step: int):
+        if due(step, self.args.checkpoint_every, self.args.steps):
+            self.save(engine, step)
+
     def save(self, engine, step: int) -> str | None:
         """Write a checkpoint (collective). Where that fails, warn, and return why."""
         clock, keep, every = time.time(), self.args.keep, self.args.keep_every
@@ -174,11 +179,11 @@ class Run:
         self.clock += time.time() - clock
         return failure
 
-    def resume(self, engine, start_fp32: Callable) -> int:
+    def resume(self, engine) -> int:
         """Load the newest checkpoint that is whole; its step. Later metrics are dropped.
 
-        Without one, where the engine has half precision, its master weights become those of
-        start_fp32(), the pipeline that training starts from: the engine made them of its own."""
+        Without one, where the engine has half precision, its fp32 master weights become those of
+        the start in fp32: the engine made them of its own, which are rounded."""
         path, settings = self.out / "checkpoints", folder.result_settings(self.record)
         start = checkpoint.resume(engine, path, settings, folder.result_settings)
         if start:
@@ -188,7 +193,8 @@ class Run:
             if self.code != now:
                 print0(f"The code has changed since this run began ({self.code} there, {now} now).")
         elif engine.module.dtype != torch.float32:
-            checkpoint.set_master_weights(engine, start_fp32().unet.state_dict())
+            unet = lora.load_start(self.args, torch.float32).unet
+            checkpoint.set_master_weights(engine, unet.state_dict())
         on_main(lambda: folder.drop_metrics(self.out, start))
         options = {"desc": self.out.name, "unit": "step", "total": self.args.steps}
         self.bar = tqdm(**options, initial=start, disable=not is_main())
@@ -205,9 +211,9 @@ class Run:
 
     # ----- the end
 
-    def finish(self, engine, start_fp32: Callable, work: Callable[[], dict]):
-        """Write curves, cost, model card and the aligned pipeline in fp32. start_fp32(): the
-        pipeline that training started from, since what else it has is rounded in memory."""
+    def finish(self, engine, plan: Plan):
+        """Write curves, cost, model card and the aligned pipeline in fp32. What it has beside the
+        trained weights is read again in fp32, since it is rounded in memory."""
         weights, memory = full_weights(engine), peak_memory(engine.device)
 
         @as_os_error()
@@ -217,10 +223,11 @@ class Run:
             if lora.attached(engine.module):
                 write_model(engine.module, weights, self.out)
             else:
-                model.save_pipeline(start_fp32(), weights, self.out)
+                start = lora.load_start(self.args, torch.float32)
+                model.save_pipeline(start, weights, self.out)
             lines = folder.read_metrics(self.out)
-            spent = measured(lines, engine.device, memory)
-            write(self.out / "cost.json", json.dumps(work() | spent, indent=2) + "\n")
+            cost = budget.work_done(self.args, plan) | measured(lines, engine.device, memory)
+            write(self.out / "cost.json", json.dumps(cost, indent=2) + "\n")
             title, method = self.facts["title"], self.facts["method"]
             figures.curves(lines, self.out / "curves.png", title, method)
             write(self.out / "README.md", card.render(self.facts, lines))
