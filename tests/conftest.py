@@ -1,19 +1,29 @@
-"""Small random checkpoints in the published layouts, colour pairs, and short runs on them."""
+"""Small random checkpoints in the published layouts, colour pairs, and short runs on them; and what
+makes a test independent of the processor, and of the tests before it."""
 
 import contextlib
+import gc
 import io
 import json
 import os
+import random
 import resource
+import signal
+import tempfile
 from pathlib import Path
 
+cache = tempfile.TemporaryDirectory(prefix="datasets-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # before torch; children inherit it
+os.environ |= {"HF_DATASETS_CACHE": cache.name}
 
 import diffusers  # noqa: E402
+import launch  # noqa: E402
+import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import (  # noqa: E402
     CLIPTextConfig,
@@ -22,9 +32,44 @@ from transformers import (  # noqa: E402
 )
 
 from lab import pretrain  # noqa: E402
+from system import processes  # noqa: E402
 from system.files import ROOT  # noqa: E402
 
-torch.set_num_threads(1)
+# -------------------------------------------------------------------------------------------------
+# No test depends on those that ran before it in its process.
+
+
+@pytest.fixture(scope="session", autouse=True)
+def group():
+    """All tests run in a group of one rank, as programs that have joined do."""
+    torch.set_num_threads(1)
+    processes.join()
+    gc.freeze()  # DeepSpeed collects garbage at each start, of all that was imported
+
+
+@pytest.fixture(autouse=True)
+def isolated():
+    """Each test finds what the first one found, and leaves no rank running."""
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(0)
+    world, environment, folder = dist.group.WORLD, dict(os.environ), Path.cwd()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for rank in list(launch.running):
+        rank.kill()
+    launch.running.clear()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ |= environment
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.nn.functional.linear = torch._C._nn.linear  # ZeRO-3 puts one of its own there, for good
+    assert dist.group.WORLD is world, "the test has left or destroyed the process group"
+    assert torch.get_default_dtype() == torch.float32 and torch.get_num_threads() == 1
+
+
+# -------------------------------------------------------------------------------------------------
+# What tests train, and on what.
 
 
 def save_pipeline(folder, kind: str, prediction: str, channels=(16, 32)):
@@ -175,14 +220,6 @@ def argv(checkpoint, pairs, tmp_path, ds_config):
         return [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
 
     return build
-
-
-@pytest.fixture(autouse=True)
-def own_linear():
-    """ZeRO-3 puts a linear of its own into torch, for good: what a test counts or times after one
-    that had it must not depend on that."""
-    yield
-    torch.nn.functional.linear = torch._C._nn.linear
 
 
 @contextlib.contextmanager

@@ -14,31 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from launch import Rank, free_port, launch, start
 
 from system import processes
 from system.files import ROOT, UserError
 from system.program import lost_peer
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def start(code: str, rank: int, world: int, port: int, *argv) -> subprocess.Popen:
-    """A rank that runs `code`, as a launcher starts it."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
-    place |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, argv)],
-        env=os.environ | place,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
 
 # -------------------------------------------------------------------------------------------------
 # Two ranks that meet.
@@ -88,9 +68,8 @@ except RuntimeError as error:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> list[dict]:
     """What each of two ranks was told, and rank 0 also after rank 1 was killed."""
-    folder, port = tmp_path_factory.mktemp("shared"), free_port()
-    pair = [start(TOGETHER, rank, 2, port, folder) for rank in range(2)]
-    outputs = [child.communicate(timeout=200) for child in pair]
+    pair = start([tmp_path_factory.mktemp("shared")], 2, TOGETHER)
+    outputs = [child.communicate() for child in pair]
     lines = [
         [json.loads(line) for line in out.splitlines() if line[0] == "{"] for out, _ in outputs
     ]
@@ -155,15 +134,15 @@ from system import processes
 from system.program import lost_peer
 
 deepspeed.init_distributed = functools.partial(  # in place of 10 minutes
-    deepspeed.init_distributed, timeout=timedelta(seconds=3)
+    deepspeed.init_distributed, timeout=timedelta(seconds=2)
 )
 processes.join(timeout=120)
 rank = int(os.environ["RANK"])
-said = {"together": processes.together(lambda: time.sleep(6 * (rank == 0)) or rank)}
-said["on_main"] = processes.on_main(lambda: time.sleep(6))
+said = {"together": processes.together(lambda: time.sleep(0 if rank else 3) or rank)}
+said["on_main"] = processes.on_main(lambda: time.sleep(3))
 print(json.dumps(said), flush=True)
 try:
-    time.sleep(6 * (rank == 0))
+    time.sleep(0 if rank else 3)
     processes.any_rank(0)
 except RuntimeError as error:
     print(json.dumps({"lost": lost_peer(error)}), flush=True)
@@ -172,9 +151,7 @@ os._exit(0)
 
 
 def test_ranks_wait_for_what_rank_0_does_alone_but_not_for_one_that_hangs_in_a_step():
-    port = free_port()
-    pair = [start(PATIENT, rank, 2, port) for rank in range(2)]
-    outputs = [child.communicate(timeout=200) for child in pair]
+    outputs = [child.communicate() for child in start([], 2, PATIENT)]
     for rank, (out, err) in enumerate(outputs):
         lines = [json.loads(line) for line in out.splitlines() if line[0] == "{"]
         assert lines == [{"together": rank, "on_main": None}, {"lost": True}], err[-3000:]
@@ -183,18 +160,16 @@ def test_ranks_wait_for_what_rank_0_does_alone_but_not_for_one_that_hangs_in_a_s
 DYING = """
 import os, signal, sys
 import train_inpo
-from training import plan
 
 if os.environ["RANK"] == "0":
-    plan.check = lambda args: os.kill(os.getpid(), signal.SIGKILL)
+    train_inpo.check = lambda args: os.kill(os.getpid(), signal.SIGKILL)
 train_inpo.main(sys.argv[1:])
 """
 
 
 def test_a_rank_that_dies_during_the_checks_ends_the_others_with_a_sentence(argv):
-    port, command = free_port(), argv()
-    pair = [start(DYING, rank, 2, port, *command) for rank in range(2)]
-    (_, _), (_, said) = [child.communicate(timeout=200) for child in pair]
+    pair = start(argv(), 2, DYING)
+    (_, _), (_, said) = [child.communicate() for child in pair]
     assert [child.returncode for child in pair] == [-signal.SIGKILL, 1], said[-3000:]
     assert "train_inpo.py: error: rank 1: another rank is gone" in said
     assert "Traceback" not in said
@@ -207,8 +182,6 @@ MEET = """
 import sys
 from system import processes
 from system.files import UserError
-print("ready", flush=True)
-sys.stdin.readline()
 try:
     processes.roll_call(float(sys.argv[1]))
     print("met")
@@ -219,22 +192,17 @@ except UserError as error:
 
 def test_two_jobs_on_one_port_do_not_mix_and_a_missing_rank_is_named():
     """A job of 3 ranks lacks rank 2; ranks of another one, and a double, come to its port."""
-    port, patience, others = free_port(), 4, 60
-    jobs = [start(MEET, rank, 3, port, patience) for rank in (0, 1)]
-    jobs += [start(MEET, rank, 3, port, others) for rank in (0, 1)]
-    jobs += [start(MEET, 1, 3, port, patience)]
-    for child in jobs:
-        assert child.stdout.readline() == "ready\n", child.communicate()
-    for child in jobs:
-        child.stdin.write("go\n")
-        child.stdin.flush()
-        while child is jobs[0]:  # until the first job has its port
+    port, patience, others, jobs = int(free_port()), 4, 60, []
+    for rank, wait in ((0, patience), (1, patience), (0, others), (1, others), (1, patience)):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
+        jobs.append(Rank(MEET, [wait], place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        while jobs[1:] == []:  # until the first job has its port
             try:
                 socket.create_connection(("127.0.0.1", port)).close()
                 break
             except OSError:
                 time.sleep(0.01)
-    said = [child.communicate(timeout=100)[0].strip() for child in jobs]
+    said = [child.communicate()[0].strip() for child in jobs]
     lacks, _, occupied, met, _ = said
     assert lacks.startswith(f"UserError: rank(s) 2 of 3 did not come to 127.0.0.1:{port} within")
     assert f"here: 0-1 on {socket.gethostname()}" in lacks
@@ -251,7 +219,7 @@ def place(monkeypatch):
     """place(rank, world) -> port: the environment that a launcher gives, in this process."""
 
     def set_place(rank: int, world: int) -> int:
-        port = free_port()
+        port = int(free_port())
         values = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
         for name, value in (values | {"MASTER_PORT": port}).items():
             monkeypatch.setenv(name, str(value))
@@ -262,7 +230,7 @@ def place(monkeypatch):
 
 def test_a_rank_that_cannot_reach_rank_0_says_where_and_why(place, monkeypatch):
     port = place(3, 4)
-    monkeypatch.setattr(dist, "is_initialized", lambda: False)  # by another test of this process
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
     with pytest.raises(UserError) as sentence:
         processes.join(0.2)
     for word in ("rank 3 (", f"127.0.0.1:{port}", "Connection refused", "--master_addr"):
@@ -293,18 +261,29 @@ def test_rank_0_tells_whom_it_waits_for_after_20_s_and_every_30(place, monkeypat
 # One rank.
 
 
-def test_a_group_of_one_needs_no_launcher(tmp_path):
+ALONE = """
+import os, sys
+from pathlib import Path
+from system import processes
+
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    del os.environ[name]
+assert processes.gather(3) == [3] and processes.world() == 1 and processes.is_main()
+for _ in range(2):  # as two runs in one process do
     processes.join()
-    assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
-    processes.join()  # as a second run in one process does
-    assert processes.any_rank(5) == 5
-    processes.agree({"a": tmp_path})
-    processes.shares_folder(tmp_path)
+assert (processes.dist.get_rank(), processes.dist.get_world_size()) == (0, 1)
+assert processes.any_rank(5) == 5
+processes.agree({"a": Path()})
+processes.shares_folder(Path(sys.argv[1]))
+"""
+
+
+def test_a_group_of_one_needs_no_launcher(tmp_path):
+    launch([tmp_path], 1, ALONE)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_stop_notes_signals_raises_at_the_second_interrupt_and_restores_the_handlers():
-    processes.join()
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with processes.Stop() as stop:
         assert stop.asked() == 0
@@ -318,7 +297,6 @@ def test_stop_notes_signals_raises_at_the_second_interrupt_and_restores_the_hand
 
 
 def test_stop_in_another_thread_leaves_the_handlers_alone():
-    processes.join()
     seen, before = [], signal.getsignal(signal.SIGTERM)
 
     def body():
@@ -371,6 +349,7 @@ def test_a_node_speaks_once(monkeypatch, capsys):
 # Many nodes.
 
 
+@pytest.mark.slow
 def test_two_network_namespaces_make_one_group(tmp_path):
     probe = f"probe-{os.getpid()}"
     made = shutil.which("ip") and subprocess.run(
