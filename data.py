@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from system.files import UserError
-from system.hub import HUB_ID, check_pairs, file_kind, reachable, reason, why
+from system.hub import PAIRS, check_pairs, file_kind, reachable, reason
 from system.workers import Loader, Spawn, leave_if_orphaned
 
 if TYPE_CHECKING:  # imported where they are used, since they take a second
@@ -44,7 +44,6 @@ if TYPE_CHECKING:  # imported where they are used, since they take a second
 COLUMNS = {"jpg_0": "binary", "jpg_1": "binary", "label_0": "", "caption": "string"}  # Arrow types
 ORDER, AUGMENT = 0, 1  # keep the random streams of one seed apart
 BROKEN_LIMIT = 100  # broken pairs in a row; more mean that the data are at fault, not a picture
-FORMS = "a .parquet file, a folder of them, a folder saved by datasets, or a hub id"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -63,6 +62,7 @@ def read_pairs(source: str, split: str = "train", labels_only=False) -> "dataset
     Arrow cache in HF_DATASETS_CACHE (else HF_HOME/datasets), and stay there; a hub id is downloaded
     first, to HF_HUB_CACHE, at its size again. What save_to_disk wrote is read where it is.
     labels_only: of parquet files, read and check the labels and copy nothing, for a dry run."""
+    check_pairs(source)
     import datasets
 
     path = Path(source).expanduser()
@@ -71,13 +71,9 @@ def read_pairs(source: str, split: str = "train", labels_only=False) -> "dataset
     except UserError:
         raise
     except Exception as error:  # of datasets and the hub, which have no common class
-        if isinstance(error, datasets.exceptions.DatasetGenerationError):
-            error = error.__cause__ or error
-        if path.exists():
-            raise UserError(f"{source} cannot be read: {reason(error)}.") from error
-        here = "there is no file or folder of that name here, and"
-        instead = "name a local file or folder"
-        raise UserError(f"{source} cannot be read: {here} {why(error, instead)}") from error
+        generic = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        cause = (generic and error.__cause__) or error
+        raise UserError(f"Cannot read the pairs '{source}': {reason(cause)}.") from error
     labels = _check_labels(dataset.with_format("arrow")["label_0"], source)
     decided = np.flatnonzero(labels != 0.5)
     ties = f"{len(labels) - len(decided)} of {len(labels)} rows are ties (label_0 0.5)"
@@ -91,9 +87,6 @@ def read_pairs(source: str, split: str = "train", labels_only=False) -> "dataset
 def _from_hub(source: str, split: str) -> "datasets.Dataset":
     import datasets
 
-    if not re.fullmatch(HUB_ID, source):
-        raise UserError(f"{source}: there is no file or folder of that name here; give {FORMS}.")
-    check_pairs(source)
     datasets.config.HF_HUB_OFFLINE |= not reachable()
     if features := datasets.load_dataset_builder(source).info.features:  # before the download
         _check_columns(features.arrow_schema, source)
@@ -131,7 +124,7 @@ def _columns(dataset: "datasets.Dataset", where: str | Path) -> "datasets.Datase
 def _check_files(path: Path, split: str) -> dict[str, np.ndarray]:
     """{file: its labels}, of the parquet files of a split that have rows; all are checked."""
     if path.is_file() and path.suffix != ".parquet":
-        raise UserError(f"{path} is {file_kind(path)}; pairs are read from {FORMS}.")
+        raise UserError(f"{path} is {file_kind(path)}; pairs are read from {PAIRS}.")
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     splits = {f: m[1] for f in files if (m := re.match(r"(.+)-\d{5}-of-\d{5}", f.name))}
     if splits and path.is_dir():  # a copy of the hub's folder: do not train on its test split

@@ -35,6 +35,7 @@ ARCHITECTURES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline":
 LORA = "pytorch_lora_weights.safetensors"
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.parquet)"
 PICKAPIC, MIRROR = "yuvalkirstain/pickapic_v2", "liuhuohuo2/pick-a-pic-v2"
+PAIRS = "a .parquet file, a folder of them, a folder saved by datasets, or a hub id"
 
 # -------------------------------------------------------------------------------------------------
 # The hub.
@@ -108,13 +109,11 @@ def download(
             failure = failure or error
     if failure is None:
         raise UserError(f"'{repository}' is not a {what}: it has no {' or '.join(files)}.")
-    raise UserError(f"Cannot load the {what} '{repository}': {here}{why(failure, instead)}")
-
-
-def why(failure: Exception, instead: str) -> str:
-    """The end of a sentence on what the hub did not give: the reason and the way out."""
     said = reason(failure)
-    return f"{said}, or {instead}." if said == UNREACHABLE else f"{said}; {instead}."
+    joint = ", or" if said == UNREACHABLE else ";"
+    raise UserError(
+        f"Cannot load the {what} '{repository}': {here}{said}{joint} {instead}."
+    ) from failure
 
 
 # -------------------------------------------------------------------------------------------------
@@ -155,15 +154,26 @@ def lora_file(path: str) -> str:
     return path if path.endswith(".safetensors") else str(find(path, "LoRA", LORA)[0])
 
 
-def check_pairs(name: str):
-    """UserError for Pick-a-Pic, which left the hub, where it is not in the cache of datasets."""
+def check_pairs(source: str):
+    """UserError for pairs that are neither here ("toy" always is) nor in the cache of datasets, if
+    the hub lacks them or cannot be asked. Takes at most five seconds."""
+    if source == "toy" or Path(source).expanduser().exists():
+        return
+    here = "there is no file or folder of that name here"
+    if not re.fullmatch(HUB_ID, source):
+        raise UserError(f"Cannot read the pairs '{source}': {here}; give {PAIRS}.")
     cache = os.environ.get("HF_DATASETS_CACHE", f"{constants.HF_HOME}/datasets")
-    copies = Path(cache).expanduser().glob(f"{PICKAPIC.replace('/', '___')}/*/*/*")
-    if name == PICKAPIC and not any(copies):  # yuvalkirstain/PickScore#36
+    owner, name = source.split("/")
+    name = name if name.islower() else "*"  # datasets writes MyPairs as my_pairs
+    if any(Path(cache).expanduser().glob(f"{owner}___{name}/*/*/*")):
+        return
+    if source == PICKAPIC:  # yuvalkirstain/PickScore#36
         raise UserError(
-            f"{name} was taken off the hub in 2025 and is not in {cache}: give --data, a folder "
-            f"with its parquet files or a copy on the hub such as {MIRROR}."
+            f"{source} was taken off the hub in 2025, and {cache} holds no copy: give --data, a "
+            f"folder with its parquet files or a copy on the hub such as {MIRROR}."
         )
+    if not reachable():
+        raise UserError(f"Cannot read the pairs '{source}': {here}, and {UNREACHABLE}.")
 
 
 # -------------------------------------------------------------------------------------------------
