@@ -4,18 +4,18 @@
     for batch in loader(pairs, 0, steps=40, rank=0, world=1, micro_batch=8, accumulation=2):
         batch["pixels"], batch["captions"]  # (2P, 3, R, R) winners first, then losers; P captions
 
-A pair has one number for the whole run: n = step * G + place, G the global batch. Row, crop, flip
-and caption dropout follow from (seed, n) alone, so the data depend on neither ranks, workers,
-accumulation nor history, and a run resumes by counting from elsewhere.
+A pair has one number for the whole run: n = step * G + place, where G is the global batch. Its row,
+crop, flip and caption dropout are functions of (seed, n) alone. So the data do not depend on ranks,
+workers, accumulation or interruptions, and a resumed run counts on from its step.
 
 Where this departs from the released script, and why:
- 1. A broken image drops its pair, and is counted; there it leaves one column shorter than the
-    others, so that `datasets` raises IndexError and the run ends.
- 2. The pair shares its flip and random crop; there each image draws its own, so that winner and
+ 1. A broken image drops its pair, and is counted. There it leaves one column shorter than
+    the others, so that `datasets` raises IndexError and the run ends.
+ 2. The pair shares its flip and random crop. There each image draws its own, so that winner and
     loser also differ by what nobody judged.
- 3. Batches run on across the end of an epoch; there the last incomplete one is lost.
- 4. Transparency is white, EXIF orientation applied; there alpha is cut off, orientation ignored.
- 5. A label other than 0, 0.5, 1 is an error; there such rows vanish like ties.
+ 3. A batch may cross the end of an epoch. There the last incomplete batch is lost.
+ 4. Transparency becomes white, and the EXIF orientation is applied. There both are ignored.
+ 5. A label other than 0, 0.5 and 1 is an error. There such rows are removed like ties.
 """
 
 import contextlib
@@ -34,52 +34,46 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from system.files import UserError
+from system.hub import PAIRS, check_pairs, file_kind, reachable, reason
 from system.workers import Loader, Spawn, leave_if_orphaned
 
-if TYPE_CHECKING:  # imported where they are used: they take a second
+if TYPE_CHECKING:  # imported where they are used, since they take a second
     import datasets
     import pyarrow
 
 COLUMNS = {"jpg_0": "binary", "jpg_1": "binary", "label_0": "", "caption": "string"}  # Arrow types
 ORDER, AUGMENT = 0, 1  # keep the random streams of one seed apart
-PICKAPIC = "yuvalkirstain/pickapic_v2"
-GONE = "it was taken off the hub in 2025: give --data FOLDER, a copy of its parquet files"
-BROKEN_LIMIT = 100  # broken pairs in a row after which the data are at fault, not a picture
+BROKEN_LIMIT = 100  # broken pairs in a row; more mean that the data are at fault, not a picture
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading: columns and labels are checked before a cache (335 GB for Pick-a-Pic) is built.
+# Reading: columns and labels are checked before the Arrow cache (335 GB for Pick-a-Pic) is built.
 
 
-def read_pairs(source: str, split: str = "train", copy: bool = True) -> "datasets.Dataset":
+def read_pairs(source: str, split: str = "train", labels_only=False) -> "datasets.Dataset":
     """The rows of a source that are no ties, memory mapped, their images still encoded.
 
-    source: a .parquet file; a folder of them, searched recursively and sorted (where they have hub
-    names, train-00000-of-00645.parquet, those of `split`); a folder by datasets' save_to_disk; or a
-    hub id. Columns: jpg_0, jpg_1 encoded bytes, label_0 1.0 (image 0 won), 0.0 (image 1 won) or 0.5
-    (tie), caption. The result's `.info.description` counts pairs and ties. Raises UserError.
+    source: a .parquet file; a folder of them, searched recursively and sorted (of files named as on
+    the hub, train-00000-of-00645.parquet, those of `split`); a folder by datasets' save_to_disk; or
+    a hub id. Columns: jpg_0, jpg_1 encoded bytes, label_0 1.0 (image 0 won), 0.0 (image 1 won) or
+    0.5 (tie), caption. The result's `.info.description` counts pairs and ties. Raises UserError.
 
-    Disk: parquet is copied once, at about its size (335 GB for Pick-a-Pic v2), into the Arrow cache
-    in HF_DATASETS_CACHE (else HF_HOME/datasets), and stays; a hub id is downloaded first, to
-    HF_HUB_CACHE, at its size again. What save_to_disk wrote is read where it lies.
-    copy: False leaves parquet files where they are, for checks: the same rows, counts and
-    fingerprint, but any row read costs up to its row group. A hub id is downloaded all the same."""
+    Disk: parquet files are copied once, at about their size (335 GB for Pick-a-Pic v2), into the
+    Arrow cache in HF_DATASETS_CACHE (else HF_HOME/datasets), and stay there; a hub id is downloaded
+    first, to HF_HUB_CACHE, at its size again. What save_to_disk wrote is read where it is.
+    labels_only: of parquet files, read and check the labels and copy nothing, for a dry run."""
+    check_pairs(source)
     import datasets
 
     path = Path(source).expanduser()
     try:
-        dataset = _open(path, str(source), split, copy)
+        dataset = _open(path, split, labels_only) if path.exists() else _from_hub(source, split)
     except UserError:
         raise
     except Exception as error:  # of datasets and the hub, which have no common class
         generic = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        reason = str((generic and error.__cause__) or error).strip().splitlines() or [repr(error)]
-        reason = reason[0].rstrip(".")
-        unreached = (datasets.exceptions.DatasetNotFoundError, ConnectionError)
-        if source == PICKAPIC and isinstance(error, unreached):  # yuvalkirstain/PickScore#36
-            reason += f"; {GONE}"
-        absent = "" if path.exists() else "is no file or folder here and "
-        raise UserError(f"{source} {absent}cannot be read: {reason}.") from error
+        cause = (generic and error.__cause__) or error
+        raise UserError(f"Cannot read the pairs '{source}': {reason(cause)}.") from error
     labels = _check_labels(dataset.with_format("arrow")["label_0"], source)
     decided = np.flatnonzero(labels != 0.5)
     ties = f"{len(labels) - len(decided)} of {len(labels)} rows are ties (label_0 0.5)"
@@ -90,27 +84,36 @@ def read_pairs(source: str, split: str = "train", copy: bool = True) -> "dataset
     return dataset
 
 
-def _open(path: Path, source: str, split: str, copy: bool) -> "datasets.Dataset":
+def _from_hub(source: str, split: str) -> "datasets.Dataset":
     import datasets
 
-    if not path.exists():
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) or path.suffix == ".parquet":
-            raise UserError(f"{source} does not exist; give a file, a folder or a hub id.")
-        if features := datasets.load_dataset_builder(source).info.features:  # before the download
-            _check_columns(features.arrow_schema, source)
-        dataset = datasets.load_dataset(source, split=split)
-    elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+    datasets.config.HF_HUB_OFFLINE |= not reachable()
+    if features := datasets.load_dataset_builder(source).info.features:  # before the download
+        _check_columns(features.arrow_schema, source)
+    return _columns(datasets.load_dataset(source, split=split), source)
+
+
+def _open(path: Path, split: str, labels_only: bool) -> "datasets.Dataset":
+    import datasets
+
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         dataset = datasets.load_from_disk(str(path))
         if isinstance(dataset, datasets.DatasetDict):
             if split not in dataset:
                 raise UserError(f"{path} has no split '{split}', it has {', '.join(dataset)}.")
             dataset = dataset[split]
-    else:
-        labels = _check_files(path, split)
-        if not copy:
-            return _in_place(labels)
-        dataset = _copied(path, list(labels))
-    _check_columns(dataset.features.arrow_schema, source)
+        return _columns(dataset, path)
+    labels = _check_files(path, split)
+    if labels_only:
+        return datasets.Dataset.from_dict({"label_0": np.concatenate(list(labels.values()))})
+    return _columns(_copied(path, list(labels)), path)
+
+
+def _columns(dataset: "datasets.Dataset", where: str | Path) -> "datasets.Dataset":
+    """The columns that are read, images encoded. Raises UserError where one is missing."""
+    import datasets
+
+    _check_columns(dataset.features.arrow_schema, where)
     dataset = dataset.select_columns(list(COLUMNS))
     for name in ("jpg_0", "jpg_1"):
         if isinstance(dataset.features[name], datasets.Image):
@@ -120,12 +123,14 @@ def _open(path: Path, source: str, split: str, copy: bool) -> "datasets.Dataset"
 
 def _check_files(path: Path, split: str) -> dict[str, np.ndarray]:
     """{file: its labels}, of the parquet files of a split that have rows; all are checked."""
+    if path.is_file() and path.suffix != ".parquet":
+        raise UserError(f"{path} is {file_kind(path)}; pairs are read from {PAIRS}.")
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     splits = {f: m[1] for f in files if (m := re.match(r"(.+)-\d{5}-of-\d{5}", f.name))}
     if splits and path.is_dir():  # a copy of the hub's folder: do not train on its test split
         files = [file for file in files if splits.get(file) == split]
     if not files:
-        found = ", ".join(sorted(set(splits.values()))) or "no .parquet file and no saved dataset"
+        found = ", ".join(sorted(set(splits.values()))) or _contents(path)
         raise UserError(f"{path} has no pairs of split '{split}', it holds {found}.")
     labels = {}
     for file in files:
@@ -136,6 +141,13 @@ def _check_files(path: Path, split: str) -> dict[str, np.ndarray]:
     if not labels:  # datasets cannot read a file without rows
         raise UserError(f"{path} has no pair left: it has no rows.")
     return labels
+
+
+def _contents(folder: Path) -> str:
+    """What a folder without pairs holds, in words."""
+    files = (file for file in itertools.islice(folder.rglob("*.*"), 1000) if file.is_file())
+    kinds = ", ".join(sorted({file.suffix for file in files})[:5])
+    return "no .parquet file and no saved dataset" + (f", but {kinds} files" if kinds else "")
 
 
 @contextlib.contextmanager
@@ -151,18 +163,18 @@ def _parquet(file: str | Path):
 
 
 def _copied(path: Path, files: list[str]) -> "datasets.Dataset":
-    """The files in datasets' Arrow cache, which has a row in 0.2 ms. UserError for a full disk.
+    """The files in datasets' Arrow cache, which gives a row in 0.2 ms. UserError for a full disk.
 
-    In place a random row takes its row group: 35 MB and 30 ms in groups of 100 rows of 350 KB, 335
-    MB and 300 ms in groups of 1,000. A step of 1,024 pairs would read 36 or 340 GB."""
+    Parquet itself gives a random row with its row group: 35 MB and 30 ms in groups of 100 rows of
+    350 KB, 335 MB and 300 ms in groups of 1,000. A step of 1,024 pairs would read 36 or 340 GB."""
     import datasets
 
     builder = datasets.load_dataset_builder("parquet", data_files=files, columns=list(COLUMNS))
     cache, folder = Path(builder.cache_dir), Path(datasets.config.HF_DATASETS_CACHE).expanduser()
     if not cache.exists():
         need = sum(_bytes(file) for file in files)
-        # What another rank has copied so far, or one that was killed, is room as well. It is
-        # counted after the free space, so that their sum errs upwards while that rank writes.
+        # What another rank is copying, or a killed one has copied, counts as room. It is measured
+        # after the free space: while that rank writes, the sum is too large, never too small.
         room = shutil.disk_usage(folder).free + _size(Path(f"{cache}.incomplete"))
         if need > room and not cache.exists():  # by now it may be complete
             raise UserError(
@@ -175,7 +187,7 @@ def _copied(path: Path, files: list[str]) -> "datasets.Dataset":
 
 
 def _bytes(file: str) -> int:
-    """Of the columns that are read, decompressed."""
+    """Size of the columns that are read, decompressed."""
     with _parquet(file) as parquet:
         groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]
@@ -184,35 +196,10 @@ def _bytes(file: str) -> int:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files in it; 0 where it is not, or goes away meanwhile."""
+    """Bytes of the files in a folder; 0 where there is none, or it is removed meanwhile."""
     with contextlib.suppress(FileNotFoundError):
         return sum(file.stat().st_size for file in folder.iterdir())
     return 0
-
-
-def _in_place(labels: dict[str, np.ndarray]) -> "datasets.Dataset":
-    """The rows of parquet files: a label is in memory, a row is read from its file when asked."""
-    import datasets
-
-    files, starts = list(labels), np.cumsum([0, *map(len, labels.values())])
-
-    def read(row: int) -> dict:
-        at = np.searchsorted(starts, row, side="right") - 1
-        row -= int(starts[at])
-        with _parquet(files[at]) as parquet:
-            for group in range(parquet.num_row_groups):
-                if row < (size := parquet.metadata.row_group(group).num_rows):
-                    break
-                row -= size
-            batches = parquet.iter_batches(1, [group], list(COLUMNS))
-            return next(itertools.islice(batches, row, None)).to_pylist()[0]
-
-    def read_all(batch: dict) -> dict:
-        rows = [read(row) for row in batch["row"]]
-        return {name: [row[name] for row in rows] for name in COLUMNS}
-
-    table = {"label_0": np.concatenate(list(labels.values())), "row": np.arange(starts[-1])}
-    return datasets.Dataset.from_dict(table).with_transform(read_all)
 
 
 def _check_columns(schema: "pyarrow.Schema", where: str | Path):
@@ -236,10 +223,12 @@ def _check_labels(column: "pyarrow.ChunkedArray", where: str | Path) -> np.ndarr
 def fingerprint(dataset: "datasets.Dataset") -> str:
     """16 hex digits that name the rows: all labels, captions and images of 16 rows spread evenly.
 
-    The same on every machine and for every kind of source: a resumed run can refuse other data."""
+    The same on every machine and for every kind of source, so that a resumed run can refuse other
+    data. Of labels alone, it names the labels."""
     labels = dataset.with_format("arrow")["label_0"].to_numpy()
     digest = hashlib.sha256(labels.astype("<f4").tobytes())
-    for row in sorted({len(dataset) * i // 16 for i in range(16)}):
+    rows = sorted({len(dataset) * i // 16 for i in range(16)})
+    for row in rows if "caption" in dataset.column_names else []:
         pair = dataset[row]
         images = [_encoded(pair[name]) or b"" for name in ("jpg_0", "jpg_1")]
         for part in (*images, (pair["caption"] or "").encode()):
@@ -248,7 +237,7 @@ def fingerprint(dataset: "datasets.Dataset") -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# One pair: all of it follows from (seed, n).
+# One pair, a function of (seed, n).
 
 
 def _encoded(value: bytes | dict | None) -> bytes | None:
@@ -272,7 +261,7 @@ def preprocess(
 
     image: RGB. crop_at: (across, down) in [0, 1), the place in the room left; None is the centre.
     Bilinear with antialiasing, as released. Returns (3, resolution, resolution) fp32.
-    Limit: an image that has this size already keeps its pixels."""
+    Limit: an image that already has this size keeps its pixels."""
     size = tuple(resolution * side // min(image.size) for side in image.size)
     image = image.resize(size, Image.Resampling.BILINEAR)
     room = [side - resolution for side in size]
@@ -286,7 +275,7 @@ def preprocess(
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Pair n of a run, n = 0, 1, ... without end; len(self) of them are an epoch, newly ordered.
+    """Pair n of a run, n = 0, 1, ... without end. An epoch is len(self) pairs, in a new order.
 
     dataset: from `read_pairs`. resolution: pixels. crop: "center" or "random". flip: mirror half of
     the pairs. caption_dropout: share of pairs whose caption becomes "". Raises ValueError."""
@@ -301,9 +290,9 @@ class Pairs(torch.utils.data.Dataset):
         self._epoch = self._order = self._shared = None
 
     def __getstate__(self) -> dict:
-        """For workers: the rows' files and numbers (7 MB for Pick-a-Pic) in shared memory, as a
-        trainer waits for each worker's imports where its state does not fit into a pipe, 64 KB."""
-        if self._shared is None:  # kept: it must live until the worker has been started
+        """For workers: the rows' files and numbers (7 MB for Pick-a-Pic) go into shared memory. If
+        the state exceeded a pipe (64 KB), the trainer would wait for each worker's imports."""
+        if self._shared is None:  # an attribute, since it must live until the worker has started
             rows = bytearray(pickle.dumps(self.dataset))
             self._shared = torch.frombuffer(rows, dtype=torch.uint8).share_memory_()
         return self.__dict__ | {"dataset": None, "_epoch": None, "_order": None}
@@ -330,9 +319,9 @@ class Pairs(torch.utils.data.Dataset):
         return crop_at, bool(self.flip and flip < 0.5), bool(drop < self.caption_dropout)
 
     def __getitem__(self, n: int) -> dict:
-        """winner, loser: (3, R, R) fp32 in -1..1. caption, row, n. skipped: broken pairs passed by.
+        """winner, loser: (3, R, R) fp32 in -1..1. caption, row, n. skipped: number of broken pairs.
 
-        A pair with a broken image gives way to the next in order; UserError for 100 in a row."""
+        The next pair in order replaces one with a broken image; UserError for 100 in a row."""
         crop_at, flip, drop = self.augmentation(n)
         for skipped in range(BROKEN_LIMIT):
             row = self.row(n + skipped)
@@ -359,7 +348,8 @@ class Pairs(torch.utils.data.Dataset):
 def pair_numbers(
     step: int, micro: int, rank: int, world: int, micro_batch: int, accumulation: int
 ) -> range:
-    """The n of a micro-step of a rank; together those of a step are s * G ... (s + 1) * G - 1."""
+    """The n of a rank's micro-step; all ranks and micro-steps of step s together take
+    s * G ... (s + 1) * G - 1."""
     if not (0 <= rank < world and 0 <= micro < accumulation):
         raise ValueError(f"No rank {rank} of {world} or micro-step {micro} of {accumulation}.")
     start = ((step * accumulation + micro) * world + rank) * micro_batch
@@ -382,9 +372,8 @@ def loader(
     pairs: Pairs, start_step: int, steps: int, rank: int, world: int,
     micro_batch: int, accumulation: int, workers: int = 0,
 ) -> torch.utils.data.DataLoader:  # fmt: skip
-    """The batches of one rank from `start_step` to `steps`, the end of the run, without any state.
-
-    Batch i is micro-step i mod accumulation of step start_step + i div accumulation."""
+    """The batches of one rank from `start_step` to `steps`, the end of the run. It keeps no state:
+    batch i is micro-step i mod accumulation of step start_step + i div accumulation."""
     shard = (rank, world, micro_batch, accumulation)
     places = [(step, micro) for step in range(start_step, steps) for micro in range(accumulation)]
     return Loader(
@@ -396,5 +385,5 @@ def loader(
         persistent_workers=workers > 0,
         multiprocessing_context=Spawn() if workers else None,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # iterating draws a seed, which must not move the training's
+        generator=torch.Generator(),  # iterating draws a seed, which must not change the training's
     )

@@ -386,7 +386,6 @@ def run(args: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> dict:
     with reported("evaluate.py"):
         args = parse(argv)
-        model.quiet()
         with processes.joined():
             return run(args)
 

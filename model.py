@@ -11,14 +11,16 @@ encodes an empty string."""
 import errno
 import hashlib
 import json
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
+from huggingface_hub.utils import enable_progress_bars
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
@@ -26,10 +28,16 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from system.files import UserError
-from system.hub import LORA, PRESETS, architecture, find, kind, one_sentence, part_of
+from system.hub import PRESETS, architecture, find, kind, lora_file, one_sentence, part_of
 
 DECODED = 2**20  # pixels that the VAE decodes at once: a picture of SDXL, 256 of the tiny model
 
+# No loading bars, which would come from every rank. Those of downloads, which transformers switches
+# off as well, stay.
+diffusers.utils.logging.disable_progress_bar()
+transformers.logging.disable_progress_bar()
+if not HF_HUB_DISABLE_PROGRESS_BARS:
+    enable_progress_bars()
 
 # -------------------------------------------------------------------------------------------------
 # Load: a preset, a hub id, or a folder in diffusers layout. Safetensors where there are any, else
@@ -44,25 +52,28 @@ def count_parameters(unet_config: dict) -> int:
 
 
 def _load(cls, name: str, part: str, dtype: torch.dtype):
-    """A module with all of its weights from its file: of an absent one the libraries only warn,
-    and draw it at random. Raises UserError."""
+    """A part of a pipeline, with every weight from its file. Raises UserError where one is absent:
+    the libraries only warn, and draw it at random."""
     path, subfolder = part_of(name, part)
-    text, place = part.startswith("text_encoder"), f"{subfolder}/" if subfolder else ""
+    text = part.startswith("text_encoder")
     stem, pickled = ("model", "pytorch_model") if text else ("diffusion_pytorch_model",) * 2
-    files = [f"{place}{stem}.safetensors", f"{place}{pickled}.bin"]
+    files = [f"{stem}.safetensors", f"{pickled}.bin"]
     files += [f"{file}.index.json" for file in files]  # of weights in several files
-    files += [f"{place}{stem}.fp16.safetensors", f"{place}{stem}.safetensors.index.fp16.json"]
+    files += [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"]
+    if subfolder:
+        files = [f"{subfolder}/{file}" for file in files]
     file = find(path, f"{part} with weights", *files)[1]
     variant = "fp16" if ".fp16." in file else None
     options = {"subfolder": subfolder, "dtype": dtype, "variant": variant}
     load = partial(cls.from_pretrained, path, **options, output_loading_info=True)
     module, found = one_sentence(load, f"Cannot load the {part} of '{path}'")
     said = f"The {part} of '{path}', {file},"
-    absent = {key for key, weight in module.named_parameters() if weight.is_meta}  # an index lies
+    # A weight that stays on the meta device is listed in the index, absent from the files.
+    absent = {key for key, weight in module.named_parameters() if weight.is_meta}
     if absent := absent.union(found["missing_keys"]):
         raise UserError(f"{said} lacks the weight {min(absent)}; take a whole checkpoint.")
     if not text and (stray := found["unexpected_keys"]):  # text encoders come with all of CLIP, too
-        raise UserError(f"{said} has the tensor {min(stray)}, which its configuration has not.")
+        raise UserError(f"{said} has the tensor {min(stray)}, which its configuration lacks.")
     return module
 
 
@@ -79,15 +90,14 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """A pipeline on the CPU, its UNet and VAE replaced by other checkpoints where they are given.
 
-    dtype: of UNet and text encoders, and of the VAE, with two exceptions: on half precision the VAE
-    takes fp16, whose mantissa is longer than bf16's, and SDXL's stock VAE, which overflows there,
-    stays in fp32."""
+    dtype: of UNet and text encoders. In half precision the VAE takes fp16, whose mantissa is longer
+    than bf16's; SDXL's stock VAE, which overflows in fp16, stays in fp32."""
     sdxl, path = architecture(name) == "sdxl", PRESETS.get(name, name)
     parts = {
         "unet": load_unet(unet or path, dtype),
         "vae": _load(AutoencoderKL, vae or path, "vae", torch.float32),  # rounded once, below
         "text_encoder": _load(CLIPTextModel, path, "text_encoder", dtype),
-        "image_encoder": None,  # no part in drawing from text
+        "image_encoder": None,  # is not needed to draw from text
         "feature_extractor": None,
     }
     if sdxl:
@@ -102,7 +112,7 @@ def load_pipeline(
         pipeline.vae.to(torch.float32 if overflows else torch.float16)
     if not hasattr(pipeline.scheduler, "alphas_cumprod"):  # flow matching, EDM
         scheduler = type(pipeline.scheduler).__name__
-        raise UserError(f"'{path}' has a {scheduler}, which knows no alphas_cumprod.")
+        raise UserError(f"'{path}' has a {scheduler}, which has no alphas_cumprod.")
     predicts = pipeline.scheduler.config.get("prediction_type", "epsilon")
     if predicts not in ("epsilon", "v_prediction"):
         raise UserError(
@@ -125,7 +135,7 @@ def load_pipeline(
 
 
 def pipeline_of(path: str, base: str | None) -> str:
-    """The pipeline around a path: itself, or base for a UNet or LoRA; UserError without one."""
+    """The pipeline that a path needs: itself, or base for a UNet or LoRA; UserError without one."""
     if (found := kind(path)) == "pipeline":
         return path
     if base is None:
@@ -136,7 +146,7 @@ def pipeline_of(path: str, base: str | None) -> str:
 def load_any(
     path: str, base: str | None = None, dtype: torch.dtype = torch.float32
 ) -> DiffusionPipeline:
-    """What `kind` knows, as load_pipeline gives it: a UNet or a LoRA is put into base."""
+    """The pipeline at a path, or base with the UNet or LoRA at it."""
     around, found = pipeline_of(path, base), kind(path)
     pipeline = load_pipeline(around, unet=path if found == "unet" else None, dtype=dtype)
     if found == "lora":
@@ -145,18 +155,16 @@ def load_any(
 
 
 def fuse_lora(pipeline: DiffusionPipeline, path: str):
-    """W + alpha/r B A in the place of W: of an adapter, `identity` would not see the scale.
+    """Put W + alpha/r B A in the place of W. Fused, so that identity() sees the scale.
 
-    diffusers only warns of tensors that match nothing; here they are an error."""
+    Raises UserError for a tensor that matches nothing, of which diffusers only warns."""
 
-    def plain(key: str) -> str:  # the ways to write a key, as one; .it. is our adapter
+    def plain(key: str) -> str:  # one form for a key of peft, diffusers or kohya; .it. is our name
         key = key.replace(".processor", "").replace(".it.", ".").replace(".", "_")
         return key.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
 
     sentence = f"The LoRA '{path}' does not fit '{pipeline.config._name_or_path}'"
-    file = path if path.endswith(".safetensors") else str(Path(path) / LORA)
-    if not Path(file).is_file():
-        file = hf_hub_download(path, LORA)
+    file = lora_file(path)
     with one_sentence(lambda: safe_open(file, "pt"), sentence) as lora:
         keys = [key for key in lora.keys() if not key.endswith(".alpha")]
         given = {plain(key.removeprefix("lora_")): key for key in keys}
@@ -393,14 +401,3 @@ def write_pipeline(pipeline: DiffusionPipeline, folder: Path):
         if type(error) is not Exception:  # which is what tokenizers raises of a full disk
             raise
         raise OSError(errno.EIO, str(error)) from error
-
-
-def quiet():
-    """Only errors of the libraries, and no loading bars: many ranks' notes hide what matters."""
-    import transformers
-    from diffusers.utils import logging
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for library in (logging, transformers.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()

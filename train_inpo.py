@@ -34,11 +34,11 @@ Where the job departs from the released scripts, and why:
 """
 
 from system.program import reported
-from training.flags import parse
+from training.flags import check_flags, parse
 
 if __name__ == "__main__":  # --help and wrong flags are answered before the seconds of imports
     with reported("train_inpo.py"):
-        parse(__doc__)
+        check_flags(parse(__doc__))
 
 import copy
 from argparse import Namespace
@@ -198,7 +198,6 @@ def main(argv: list[str] | None = None):
             f"{args.out} has finished its {args.steps} steps; more --steps would continue it."
         )
         return
-    model.quiet()
     with reported("train_inpo.py", every_rank=True), folder.alone(args.out):
         with processes.Stop() as stop:
             train(args, plan, stop)

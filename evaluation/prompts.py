@@ -1,23 +1,21 @@
-"""Prompt sets to evaluate on: the published benchmarks and lists of one's own. Imports toy at most.
+"""Prompt sets to evaluate on: the published benchmarks and lists of your own.
 
     read("hpdv2")                        # 3,200 prompts of four styles, from the hub
     read("parti=/data/PartiPrompts.tsv") # 1,632 prompts of twelve categories, from a local copy
-    read("mine.txt")                     # a prompt a line
+    read("mine.txt")                     # one prompt per line
 
-A prompt is used as it was published, to the character: with its quotation marks, the blanks at its
-ends, and as often as it stands there. So Parti-Prompts are split at tabs alone; a reader of quoted
-CSV, which many scripts use, takes the quotation marks off one of them."""
+A prompt is used exactly as it was published: with its quotation marks, with the blanks at its ends,
+and as often as it occurs. So Parti-Prompts are split at tabs alone; a reader of quoted CSV, which
+many scripts use, removes the quotation marks of one of them."""
 
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
-
 import toy
 from system.files import UserError
+from system.hub import download, file_kind
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 PUBLISHED = {  # name: (data set on the hub, its files)
@@ -25,36 +23,39 @@ PUBLISHED = {  # name: (data set on the hub, its files)
     "hpdv2-test": ("zhwang/HPDv2", ["test.json"]),
     "parti": ("nateraw/parti-prompts", ["PartiPrompts.tsv"]),
 }
-UNREACHABLE = "the hub cannot be reached; check the network, or give NAME=PATH of a local copy."
 Rows = list[tuple[str, str | None]]  # (prompt, its category or None)
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    name: str  # good for a folder too: letters, digits, _ . -
+    name: str  # can name a folder: letters, digits, _ . -
     prompts: list[str]
-    categories: list[str] | None  # one per prompt, or none at all
+    categories: list[str] | None  # one per prompt, if the set has any
 
 
 def read(source: str) -> PromptSet:
-    """The prompts of a source, in its order, repeated ones repeated. Raises UserError.
+    """The prompts of a source, in its order and with its repetitions. Raises UserError.
 
     source: toy (the captions that alignment never sees); hpdv2 (the benchmark, its styles are the
     categories), hpdv2-test (the prompts of HPDv2's test split), parti; one of these three as
-    NAME=PATH of a local copy; a .txt file, a prompt a line, blank lines and blanks around dropped;
-    or a .tsv file with the columns Prompt and Category. Files are UTF-8."""
+    NAME=PATH of a local copy; a .txt file with one prompt per line, whose blank lines and outer
+    blanks are dropped; or a .tsv file with the columns Prompt and Category. Files are UTF-8."""
     if source == "toy":
         return PromptSet("toy", toy.prompts("heldout"), None)
     (name, copied, copy), path = source.partition("="), Path(source).expanduser()
     if name in PUBLISHED:
         hub, files = PUBLISHED[name]
-        places = _copies(source, copy, files) if copied else [_fetch(hub, file) for file in files]
+        if copied:
+            places = _copies(source, copy, files)
+        else:
+            places = [_download(hub, file) for file in files]
         rows = [row for both in zip(places, files, strict=True) for row in _rows(*both)]
     elif path.suffix in (".txt", ".tsv"):
         name, rows = re.sub(r"[^\w.-]+", "-", path.stem).lstrip("."), _rows(path, path.name)
     else:
+        found = f"{file_kind(path)}, not" if path.is_file() else "not"
         known = f"toy, {', '.join(PUBLISHED)}, NAME=PATH of a local copy, or a .txt or .tsv file"
-        raise UserError(f"'{source}' is no prompt set: use {known}.")
+        raise UserError(f"'{source}' is {found} a prompt set: use {known}.")
     if not rows:
         raise UserError(f"'{source}' holds no prompt.")
     prompts, categories = map(list, zip(*rows, strict=True))
@@ -65,18 +66,13 @@ def read(source: str) -> PromptSet:
 # Where a published set is: on the hub, or in a local copy.
 
 
-def _fetch(hub: str, file: str) -> Path:
-    try:
-        return Path(hf_hub_download(hub, file, repo_type="dataset"))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, LocalEntryNotFoundError):
-            reason = UNREACHABLE
-        raise UserError(f"Cannot read {file} of '{hub}': {reason}") from error
+def _download(hub: str, file: str) -> Path:
+    instead = "give NAME=PATH of a local copy"
+    return download(hub, "prompt set", file, repo_type="dataset", instead=instead)[0]
 
 
 def _copies(source: str, copy: str, files: list[str]) -> list[Path]:
-    """The files in a folder, in the hub's layout or flat; a single one may be named itself."""
+    """The files in a folder, in the hub's layout or flat; a set of one file may be that file."""
     root = Path(copy).expanduser()
     if root.is_file() and len(files) == 1:
         return [root]
@@ -89,7 +85,7 @@ def _copies(source: str, copy: str, files: list[str]) -> list[Path]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Rows of a file, in the format that its published name tells.
+# Rows of a file. The suffix of its published name tells the format.
 
 
 def _rows(path: Path, published: str) -> Rows:
@@ -102,14 +98,14 @@ def _rows(path: Path, published: str) -> Rows:
     if published.endswith(".json"):
         style = Path(published).stem
         return _json(path, text, style if style in STYLES else None)
-    lines = text.split("\n")  # splitlines also splits at rare marks inside of a prompt
+    lines = text.split("\n")  # splitlines would also split at rare marks inside a prompt
     if published.endswith(".tsv"):
         return _table(path, lines)
     return [(line.strip(), None) for line in lines if line.strip()]
 
 
 def _json(path: Path, text: str, category: str | None) -> Rows:
-    """HPDv2: a list of prompts in the benchmark, of objects with a "prompt" in the test split."""
+    """HPDv2: the benchmark lists prompts, the test split lists objects with a "prompt"."""
     try:
         entries = json.loads(text)
     except ValueError as error:
@@ -133,7 +129,7 @@ def _table(path: Path, lines: list[str]) -> Rows:
             raise UserError(f"'{path}' has no column '{name}', it has {', '.join(columns)}.")
     for number, line in enumerate(lines[1:], 2):
         cells = line.split("\t")
-        row = dict(zip(columns, cells, strict=False))  # without the empty cells at its end is fine
+        row = dict(zip(columns, cells, strict=False))  # empty cells at its end may be missing
         if not line.strip():
             continue
         if len(cells) > len(columns):

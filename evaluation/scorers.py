@@ -5,13 +5,13 @@
 
 preference and faithfulness are those of toy.py; aesthetic, pickscore, hps (v2.1), hps-v2.0 and clip
 are published networks. Their files come from the Hugging Face hub, or from FOLDER/owner/name/file
-where a folder of copies is given. Only safetensors and pickles of plain tensors are opened: no file
-gets to run code.
+where a folder of copies is given. Only safetensors and pickles of plain tensors are opened, so that
+no file can run code.
 
 Where this departs from the published scorers, and why:
 
-1. All is in fp32, and half-precision files are cast up. HPSv2 scores under autocast, and CLIP under
-   the aesthetic predictor in fp16 on a GPU, where close images can tie or change places.
+1. Everything is in fp32, and half-precision files are cast up. HPSv2 scores under autocast, and the
+   aesthetic predictor has its CLIP in fp16 on a GPU, where close images can tie or change places.
 2. HPSv2 resizes by torchvision's default for tensors: antialiased since torchvision 0.17, not
    before. Here it is not, as in the torchvision 0.15 that fits the torch 2.0.1 pinned by InPO.
 3. HPSv2 repairs prompts with ftfy, which straightens curly quotes (12 of the 1,632 Parti-Prompts
@@ -28,8 +28,6 @@ from zipfile import is_zipfile
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -39,6 +37,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 import toy
 from evaluation.published import TOY
 from system.files import UserError
+from system.hub import download, reason
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_L = "openai/clip-vit-large-patch14"
@@ -53,41 +52,28 @@ AESTHETIC = "camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linear
 # Files: found in the folder or on the hub, and opened without running what they hold.
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def locate(folder: Path | None, repository: str, *files: str) -> Path:
     """The first of files that FOLDER/repository holds, else the first that the hub has."""
     for file in files:
         if folder and (place := Path(folder, repository, file)).is_file():
             return place
-    for file in files:
-        try:
-            return Path(hf_hub_download(repository, file))
-        except (OSError, ValueError) as error:
-            failure, reason = error, first_line(error)
-            if isinstance(error, LocalEntryNotFoundError):
-                reason = "the hub cannot be reached"
-    raise UserError(
-        f"there is no {' or '.join(files)} of {repository}: {reason}; check the network, or put "
-        f"the file at {Path(folder or 'FOLDER', repository, files[0])}."
-    ) from failure
+    place = Path(folder or "FOLDER", repository, files[0])
+    return download(repository, "scorer", *files, instead=f"put the file at {place}")[0]
 
 
 def opened(reader: Callable, path: Path):
-    """reader(path), with the libraries' many errors made one sentence."""
+    """reader(path); an error of a library becomes one sentence."""
     try:
         return reader(path)
     except Exception as error:
-        reason = first_line(error)
+        said = reason(error)
         if isinstance(error, pickle.UnpicklingError):
-            reason = "it holds more than plain tensors, or is broken, and a pickle can run code"
-        raise UserError(f"'{path}' is not opened: {reason}; download it again.") from error
+            said = "it is broken or holds more than plain tensors, and a pickle can run code"
+        raise UserError(f"'{path}' is not opened: {said}; download it again.") from error
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, on the CPU, mapped from disk: looking at shapes reads none."""
+    """The tensors of a file by name, on the CPU, mapped from disk: shapes are known unread."""
     if path.suffix == ".safetensors":
         return load_file(path)
     found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
@@ -96,9 +82,9 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 # -------------------------------------------------------------------------------------------------
-# Tensors: those of the file must be those of the architecture, no more, no fewer, none reshaped.
+# Tensors: the file must have exactly those of the architecture, in its shapes.
 
-BUFFERS = ("position_ids", "attn_mask")  # constants that some files hold beside the weights
+BUFFERS = ("position_ids", "attn_mask")  # constants that some files hold besides the weights
 TRANSPOSED = {"visual.proj", "text_projection"}  # open_clip multiplies by them from the right
 OPEN_CLIP = {  # transformers' name of a tensor -> open_clip's: replace all of these, in this order
     "visual_projection.weight": "visual.proj",
@@ -139,12 +125,11 @@ def match(found: dict[str, Tensor], shapes: dict[str, tuple], path: Path):
     found: tensors of the file at path; shapes: {name: shape} that the architecture asks for."""
     found = {name: tuple(x.shape) for name, x in found.items() if not name.endswith(BUFFERS)}
     for name in [*shapes, *found]:
-        has, asked = found.get(name), shapes.get(name)
-        if has != asked:
+        if found.get(name) != shapes.get(name):
+            has = f"shape {found[name]}" if name in found else "no tensor"
+            asked = f"shape {shapes[name]}" if name in shapes else "no such tensor"
             raise UserError(
-                f"'{path}' has {f'shape {has}' if has is not None else 'no tensor'} for {name}, "
-                f"the architecture {f'shape {asked}' if asked is not None else 'no such tensor'}; "
-                "take the published file."
+                f"'{path}' has {has} for {name}, the architecture {asked}; take the published file."
             )
 
 
@@ -154,8 +139,8 @@ def load_clip(
     """A CLIPModel in fp32 and eval mode, built from config.json of the repository `architecture`.
 
     Its weights are those of the same repository, or an open_clip file of another. On the device
-    "meta" names and shapes are compared and no weight is read. (from_pretrained would draw what a
-    file lacks at random, with no more than a warning.)"""
+    "meta" names and shapes are compared and no weight is read. (from_pretrained would only warn of
+    what a file lacks, and draw it at random.)"""
     config = opened(CLIPConfig.from_pretrained, locate(folder, architecture, "config.json"))
     with torch.device("meta"):
         model = CLIPModel(config)

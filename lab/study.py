@@ -393,7 +393,6 @@ def main(argv: list[str] | None = None):
     if args.command == "measure":
         if args.steps != [0] and not any(args.folder.glob("unets/step_*")):
             parser.error(f"{args.folder} has no unets/step_*; train with --export-every.")
-        model.quiet()
         return measure(args.folder, args.images, args.steps)
     study = STUDIES[args.command]()
     jobs = jobs_of(study, args.out)

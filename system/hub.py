@@ -1,24 +1,28 @@
-"""Models, prompts and scorers by name: a preset, a folder, or a repository of the Hugging Face hub.
+"""Models, prompts, scorers and pairs by name: a preset, a folder, or a repository of the hub.
 
     find("sdxl", "pipeline", "model_index.json")   # the file's path here, downloaded if need be
     architecture("owner/name")                     # "sdxl" or "sd15", by model_index.json
     read_config("out/run", "unet")                 # config.json of a part
 
-Nothing here takes long to import.
+The hub is huggingface.co, or what HF_ENDPOINT names. Nothing here takes long to import.
 """
 
 import json
+import os
 import re
-import socket
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub import constants, get_session, hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from system.files import ROOT, UserError
 
@@ -29,8 +33,14 @@ PRESETS = {
 }
 ARCHITECTURES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
 LORA = "pytorch_lora_weights.safetensors"
-HUB_ID = r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.parquet)"
-UNREACHABLE = "the hub cannot be reached; check the network, or name a local folder"
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.parquet)"
+PICKAPIC, MIRROR = "yuvalkirstain/pickapic_v2", "liuhuohuo2/pick-a-pic-v2"
+PAIRS = "a .parquet file, a folder of them, a folder saved by datasets, or a hub id"
+
+# -------------------------------------------------------------------------------------------------
+# The hub.
+
+UNREACHABLE = "the hub cannot be reached; check the network"
 
 
 def one_sentence(action: Callable[[], Any], sentence: str) -> Any:
@@ -42,11 +52,15 @@ def one_sentence(action: Callable[[], Any], sentence: str) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what a library says, without the dot; of an unreachable hub, our words."""
+    """The first line of what a library says, without the dot; what the hub says, in our words."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, LocalEntryNotFoundError):
+        if isinstance(cause, (LocalEntryNotFoundError, ConnectionError)):
             return UNREACHABLE
+        if isinstance(cause, GatedRepoError):
+            return "the hub asks for a login; accept its terms on its page, then `hf auth login`"
+        if isinstance(cause, RepositoryNotFoundError):
+            return "the hub has no such repository, or it is private"
         cause = cause.__cause__ or cause.__context__
     text = (str(error).strip() or type(error).__name__).replace(":\n\t", ": ")
     return text.splitlines()[0].rstrip(".")
@@ -54,51 +68,116 @@ def reason(error: Exception) -> str:
 
 @cache
 def reachable(seconds: float = 5.0) -> bool:
-    """Whether the hub, or the proxy in front of it, answers; huggingface_hub itself would ask again
-    for minutes. Asked once a process."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    url = urlsplit(constants.ENDPOINT)
-    url = urlsplit(getproxies().get(url.scheme, constants.ENDPOINT))
-    port = url.port or (80 if url.scheme == "http" else 443)
-    try:
-        socket.create_connection((url.hostname, port), seconds).close()
-    except OSError:
-        return False
-    return True
+    """Whether the hub answers at all. It is asked once a process: where it does not answer, every
+    library is told to be offline, since each would ask again, for minutes."""
+    answers = []
+
+    def ask():
+        try:
+            answers.append(get_session().head(constants.ENDPOINT, timeout=seconds))
+        except Exception:  # of the HTTP library, or: HF_HUB_OFFLINE is set
+            pass
+
+    asking = Thread(target=ask, daemon=True)  # looking up the name has no timeout of its own
+    asking.start()
+    asking.join(seconds)
+    if not answers:
+        constants.HF_HUB_OFFLINE = True
+    return bool(answers)
 
 
-def find(name: str, what: str, *files: str, repo_type: str = "model") -> tuple[Path, str]:
-    """(path here, name) of the first of `files` that a folder or hub repository holds; from the hub
-    it is downloaded into the cache.
+def download(
+    repository: str,
+    what: str,
+    *files: str,
+    repo_type: str = "model",
+    instead: str = "name a local folder",
+    here: str = "",
+) -> tuple[Path, str]:
+    """(path in the cache, name) of the first of `files` that a hub repository holds.
 
-    name: a preset, a folder, or a hub id. what: the kind of thing that is looked for, in words.
-    Raises UserError. Without a network only what is in the cache is known."""
-    source = PRESETS.get(name, name)
-    if Path(source).is_dir():
-        for file in files:
-            if (Path(source) / file).is_file():
-                return Path(source) / file, file
-        raise UserError(f"'{source}' is not a {what}: it has no {' or '.join(files)}.")
-    if Path(source).exists() or not re.fullmatch(HUB_ID, source):
-        raise UserError(
-            f"Unknown {what} '{name}': there is no folder of that name here; name a folder in "
-            f"diffusers layout, a hub id like owner/name, or one of {', '.join(PRESETS)}."
-        )
+    what: the kind of thing that is looked for, in words. instead: the way out without the hub.
+    Raises UserError. Where the hub cannot be reached, only what is in the cache is known."""
     failure = None
     for file in files:
         try:
-            offline = not reachable()
-            found = hf_hub_download(source, file, repo_type=repo_type, local_files_only=offline)
-            return Path(found), file
+            reachable()
+            return Path(hf_hub_download(repository, file, repo_type=repo_type)), file
         except RemoteEntryNotFoundError:
             continue
         except Exception as error:
             failure = failure or error
     if failure is None:
+        raise UserError(f"'{repository}' is not a {what}: it has no {' or '.join(files)}.")
+    said = reason(failure)
+    joint = ", or" if said == UNREACHABLE else ";"
+    raise UserError(
+        f"Cannot load the {what} '{repository}': {here}{said}{joint} {instead}."
+    ) from failure
+
+
+# -------------------------------------------------------------------------------------------------
+# A folder, or the hub.
+
+
+def find(name: str, what: str, *files: str) -> tuple[Path, str]:
+    """(path here, name) of the first of `files` that a folder or hub repository holds.
+
+    name: a preset, a folder, or a hub id. what: as of `download`. Raises UserError."""
+    source = PRESETS.get(name, name)
+    path = Path(source)
+    if path.is_dir():
+        for file in files:
+            if (path / file).is_file():
+                return path / file, file
+        export = f"`python -m training.export {source}` writes a model from"
+        if (path / "run.json").is_file():
+            raise UserError(f"'{source}' is a run without a {what} yet; {export} its checkpoint.")
+        if (path / "checkpoint.json").is_file():
+            raise UserError(f"'{source}' is a checkpoint of a run, no {what}; {export} it.")
         raise UserError(f"'{source}' is not a {what}: it has no {' or '.join(files)}.")
-    here = "there is no folder of that name here, and "
-    raise UserError(f"Cannot load the {what} '{source}': {here}{reason(failure)}.") from failure
+    if not path.exists() and re.fullmatch(HUB_ID, source):
+        return download(source, what, *files, here="there is no folder of that name here, and ")
+    found = f"it is {file_kind(path)}" if path.exists() else "there is no folder of that name here"
+    raise UserError(
+        f"Unknown {what} '{name}': {found}; name a folder in diffusers layout, a hub id like "
+        f"owner/name, or one of {', '.join(PRESETS)}."
+    )
+
+
+def file_kind(path: Path) -> str:
+    return f"a {path.suffix} file" if path.suffix else "a file without a suffix"
+
+
+def lora_file(path: str) -> str:
+    """A LoRA's file: itself, or the one in a folder or hub repository. Raises UserError."""
+    return path if path.endswith(".safetensors") else str(find(path, "LoRA", LORA)[0])
+
+
+def check_pairs(source: str):
+    """UserError for pairs that are neither here ("toy" always is) nor in the cache of datasets, if
+    the hub lacks them or cannot be asked. Takes at most five seconds."""
+    if source == "toy" or Path(source).expanduser().exists():
+        return
+    here = "there is no file or folder of that name here"
+    if not re.fullmatch(HUB_ID, source):
+        raise UserError(f"Cannot read the pairs '{source}': {here}; give {PAIRS}.")
+    cache = os.environ.get("HF_DATASETS_CACHE", f"{constants.HF_HOME}/datasets")
+    owner, name = source.split("/")
+    name = name if name.islower() else "*"  # datasets writes MyPairs as my_pairs
+    if any(Path(cache).expanduser().glob(f"{owner}___{name}/*/*/*")):
+        return
+    if source == PICKAPIC:  # yuvalkirstain/PickScore#36
+        raise UserError(
+            f"{source} was taken off the hub in 2025, and {cache} holds no copy: give --data, a "
+            f"folder with its parquet files or a copy on the hub such as {MIRROR}."
+        )
+    if not reachable():
+        raise UserError(f"Cannot read the pairs '{source}': {here}, and {UNREACHABLE}.")
+
+
+# -------------------------------------------------------------------------------------------------
+# Models.
 
 
 def kind(path: str) -> str:

@@ -5,11 +5,20 @@ Nothing here takes long to import, so that programs can answer --help and wrong 
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 
 from system.files import UserError
+
+# Libraries print errors only: notes of many ranks, at import or load, hide what matters. This holds
+# for libraries that are imported later, and a user's own settings come first.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -1,7 +1,7 @@
-"""A loader's processes: they start light, leave signals to the trainer, and end when it does.
+"""A loader's worker processes: they import little, ignore signals, and end with their trainer.
 
-They are spawned. Forked ones copy locks that threads of gloo or NCCL hold (torch calls both not
-fork safe); those of a forkserver do not notice that their trainer was killed.
+They are spawned. Forked ones would copy locks that threads of gloo or NCCL hold (torch calls both
+not fork safe); those of a forkserver would not notice that their trainer was killed.
 """
 
 import atexit
@@ -16,27 +16,27 @@ import torch
 
 
 class Worker(multiprocessing.context.SpawnProcess):
-    """A loader's process. Of ours it imports this file alone, and it leaves signals to the trainer.
+    """A worker that does not import the trainer's script, and leaves signals to the trainer.
 
-    Spawned processes import the script that spawned them, with all that it imports; what a worker
-    is given must therefore be defined elsewhere. Ctrl-C goes to every process of the terminal, and
-    DeepSpeed's launcher terminates all that descend from it; the trainer still needs batches up to
-    its next checkpoint. A worker ends when its trainer says so, and within seconds of a trainer
-    that was killed."""
+    A spawned process imports the script that spawned it, with all that the script imports. Here it
+    does not, so nothing that a worker is given may be defined in the script. Ctrl-C reaches every
+    process of the terminal, and DeepSpeed's launcher terminates all of its descendants; but the
+    trainer needs batches up to its next checkpoint. A worker ends when its trainer says so, and
+    within seconds of the trainer's death."""
 
     def start(self):
         main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")  # it has no file to import
+        sys.modules["__main__"] = types.ModuleType("__main__")  # has no file to import
         signals = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
-            super().start()  # the process inherits the mask, so that it has it from the start
+            super().start()  # the process inherits the mask, and so has it from the start
         finally:
             sys.modules["__main__"] = main
             signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
 
 def leave_if_orphaned(worker: int):
-    """Ends a worker whose trainer was killed while it started: torch notices only later deaths."""
+    """End a worker whose trainer was killed while it started: torch notices only later deaths."""
     if os.getppid() != multiprocessing.parent_process().pid:
         sys.exit(1)
 
@@ -46,8 +46,9 @@ class Spawn(multiprocessing.context.SpawnContext):
 
 
 class Loader(torch.utils.data.DataLoader):
-    """Ends its workers, though they ignore SIGTERM, torch's and Python's last word before they wait
-    for ever. At exit they are asked first; what lives on is killed."""
+    """Kills workers at exit: they ignore SIGTERM, so torch would wait for ever.
+
+    They are asked to end before that."""
 
     def __iter__(self):
         batches = super().__iter__()

@@ -134,7 +134,6 @@ def main(argv: list[str] | None = None):
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights")
     add("--out", type=Path, help="(if not given: exports/ in the run's folder)", metavar="FOLDER")
     args = parser.parse_args(argv)
-    model.quiet()
     with reported("training.export"):
         out = export(args.path, args.to, args.dtype, args.out)
     print(f"Wrote {out}.")

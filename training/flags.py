@@ -5,6 +5,7 @@ from pathlib import Path
 
 from evaluation.published import TITLES
 from system.files import UserError
+from system.hub import check_pairs
 from system.program import Parser
 from training.recipes import METHODS, recipe_of, recipe_table
 
@@ -128,6 +129,7 @@ RANGES = {
 
 def check_flags(args: argparse.Namespace):
     """Raises UserError for flags that are out of range, or have no meaning together."""
+    check_pairs(args.data)
     for flag, default in recipe_of(args.model, args.method).items():
         if default is None and flag != "vae" and getattr(args, flag) is not None:
             name = flag.replace("_", "-")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import model
 from system.files import UserError
-from system.hub import LORA, find, one_sentence
+from system.hub import lora_file, one_sentence
 
 NAME = "default"  # of the adapter: peft's own default, as in the published scripts
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -74,9 +74,7 @@ def adopt(pipeline: DiffusionPipeline, path: str):
 
     Rank, alpha and targets are the file's, the dtype is the UNet's. Raises UserError where a
     tensor of the file would be lost, or one of the adapter is not in the file."""
-    file, sentence = path, f"The LoRA '{path}' does not fit the UNet"
-    if not path.endswith(".safetensors"):
-        file = str(find(path, "LoRA", LORA)[0])
+    file, sentence = lora_file(path), f"The LoRA '{path}' does not fit the UNet"
     with one_sentence(lambda: safe_open(file, "pt"), sentence) as tensors:
         given = [key for key in tensors.keys() if not key.endswith(".alpha")]
     if text := [key for key in given if key.startswith(("text_encoder", "lora_te"))]:

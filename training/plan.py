@@ -195,7 +195,7 @@ def accumulate(args: argparse.Namespace, world: int) -> int:
 def read_pairs(args: argparse.Namespace):
     if args.data == "toy":
         return data.read_pairs(str(toy.write_pairs_once("out/toy", n=2048)))
-    return data.read_pairs(args.data, args.split, copy=not args.dry_run)
+    return data.read_pairs(args.data, args.split, labels_only=args.dry_run)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-from system.hub import PRESETS, architecture
+from system.hub import PICKAPIC, PRESETS, architecture
 
-PICK = "yuvalkirstain/pickapic_v2"
 # A flag that is None has no meaning for the method (but --vae: the pipeline's own). The tiny
 # numbers of the baselines are tuned like InPO's, see docs/tune.md.
 RECIPES = {  # of InPO, flag:     SDXL         SD1.5      tiny
     "vae": ("madebyollin/sdxl-vae-fp16-fix", None, None),
-    "data": (PICK, PICK, "toy"),
+    "data": (PICKAPIC, PICKAPIC, "toy"),
     "caption_dropout": (0.2, 0.2, 0.2),
     "beta": (5000.0, 2000.0, 1000.0),
     "inversion_steps": (10, 10, 10),
