@@ -79,12 +79,12 @@ def test_a_dry_run_copies_no_data(argv, monkeypatch, tmp_path):
 def test_the_vae_is_counted_in_the_dtype_that_it_is_loaded_in(
     kind, config, dtype, expected, published, argv, checkpoint, tmp_path
 ):
-    todo = plan.check(parse("", argv(model=published(kind, **config))))
+    planned = plan.check(parse("", argv(model=published(kind, **config))))
     folder = shutil.copytree(checkpoint(kind), tmp_path / "model")
     file = folder / "vae" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     loaded = model.load_pipeline(str(folder), dtype=dtype).vae.dtype
-    assert budget.vae_dtype(todo, dtype) == loaded == expected
+    assert budget.vae_dtype(planned, dtype) == loaded == expected
 
 
 def parts_of(words: str) -> dict[str, float]:
@@ -170,15 +170,15 @@ def test_disk_is_what_a_run_leaves(stage, half, rank, argv, ds_config, tmp_path,
 def test_the_published_sizes_of_disk(published, argv):
     flags = {"checkpoint_every": 50, "steps": 400, "export_every": 100, "keep_every": 100}
     args = parse("", argv(model=published("sdxl"), **flags))
-    todo = dataclasses.replace(plan.check(args), dtype=BF16)
+    half = dataclasses.replace(plan.check(args), dtype=BF16)
     unet, whole = 4 * 2_567_463_684, 4 * (2_567_463_684 + 83_653_863 + 123_060_480 + 694_659_840)
-    assert budget.disk(args, todo) == {
+    assert budget.disk(args, half) == {
         "5 checkpoint(s) of 35.9 GB": 5 * 14 * unet // 4,  # 100 200 (300 350 400)
         "4 export(s) of 10.3 GB": 4 * unet,
         "the aligned model, 13.9 GB": whole,
     }
     args.judge, args.sample_every = "pickscore", 50
-    assert 2 * unet in budget.disk(args, todo).values()
+    assert 2 * unet in budget.disk(args, half).values()
 
 
 def test_a_disk_that_is_too_small_is_a_warning_that_counts_what_the_run_has(
@@ -196,6 +196,17 @@ def test_a_disk_that_is_too_small_is_a_warning_that_counts_what_the_run_has(
     assert words[""].startswith(f"Warning: --out {out}: the run may take {said} there")
     train_inpo.main(command)
     assert planned(command)[""] == "" and budget.room(out) > most
+    assert "the run resumes at step 2." in plan.describe(args, plan.check(args))
+
+
+def test_what_runs_but_perhaps_not_as_thought_is_warned_about(argv, checkpoint, monkeypatch):
+    sd15 = checkpoint("sd15")
+    assert "starts from SFT" in planned(argv(model=sd15))[""]
+    assert planned(argv(model=sd15, unet=sd15))[""] == ""
+    assert planned(argv(model=sd15, method="dpo"))[""] == ""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "an update sees 3 of the 10 cells" in planned(argv(batch=12))[""]
+    assert planned(argv(batch=40))[""] == "" == planned(argv(batch=12, method="dpo"))[""]
 
 
 # -------------------------------------------------------------------------------------------------

@@ -79,10 +79,9 @@ def recipe_table() -> str:
     rows += [("start, reference", PRESETS["sdxl"], PRESETS["sd15"], "assets/tiny-sdxl")]
     rows += [("  in the paper", "the same", "its SFT on the winners (give --unet)", "")]
     for method in METHODS:
-        recipe = BASELINES.get(method, RECIPES)
-        rows += [()] * (method != "inpo") + [(f"--method {method}",)]
-        for flag, values in recipe.items():
+        rows += [("", "", "", ""), (f"--method {method}", "", "", "")]
+        for flag, values in BASELINES.get(method, RECIPES).items():
             if any(value is not None for value in values):
                 rows += [(f"--{flag.replace('_', '-')}", *map(str, values))]
-    lines = ["  {:26}{:43}{:49}{}".format(*row, *[""] * (4 - len(row))).rstrip() for row in rows]
+    lines = ["  {:26}{:43}{:49}{}".format(*row).rstrip() for row in rows]
     return "\n".join([*lines, "  (what a baseline does not list is as in InPO)"])
