@@ -30,7 +30,7 @@ Where the job departs from the released scripts, and why:
 5. KTO takes both images of every pair, at one t, weighted 80 : 20 for winner and loser, and so is
    the mean of its reference point. The released script draws single images, 80 % of them liked,
    each at its own t, and an image that has ever won a pair is only ever liked. Its launch file
-   takes 8-bit Adam.
+   (exps/example.sh) takes 8-bit Adam, ours AdamW.
 """
 
 from system.program import reported

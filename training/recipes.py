@@ -39,8 +39,8 @@ BASELINES = {  # what differs from InPO's
         "warmup": (200, 500, 10),
     },
     # jacklishufan/diffusion-kto, exps/example.sh at ed36c54 and train_kto_sd_v1.5.py (beta): 4 GPUs
-    # of 2 images, here 4 pairs. At 1c652b9 the launch file accumulates 256 of these batches. There
-    # is no SDXL version: those numbers are SD1.5's.
+    # of 2 images, here 4 pairs; --use_8bit_adam, here AdamW. At 1c652b9 the launch file accumulates
+    # 256 of these batches. There is no SDXL version: those numbers are SD1.5's.
     "kto": NOISE | {
         "beta": (1000.0, 1000.0, 1000.0),
         "liked_share": (0.8, 0.8, 0.8),
