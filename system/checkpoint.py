@@ -365,7 +365,8 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
     if flaw := _flaw(path):
         raise UserError(f"{flaw}; name another checkpoint.")
-    with contextlib.redirect_stdout(io.StringIO()):
+    quiet = io.StringIO()  # DeepSpeed prints lines and progress bars
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         return get_fp32_state_dict_from_zero_checkpoint(
             str(path.parent), tag=path.name, exclude_frozen_parameters=True
         )
