@@ -2,16 +2,16 @@
 
     checkpoints/step_000050/                complete: DeepSpeed's files of all ranks, and their list
     checkpoints/step_000100.partial/        being written; renamed once every rank's files are safe
-    checkpoints/step_000100.broken/         what could not be read, set aside; yours to delete
+    checkpoints/step_000100.broken/         set aside because it cannot be read; yours to delete
     checkpoints/step_000050.universal/      while step_000050 is loaded for another number of ranks
     checkpoints/step_000000.old/            being deleted
 
 A kill at any instant leaves the other checkpoints as they were. DeepSpeed's files are pickles: open
 only those of your own runs.
 
-save and resume are called by all ranks. DeepSpeed waits for all of them several times while it
-saves, so a rank whose disk is full must not raise in between: failures are kept, and compared when
-all are through.
+save and resume are called by all ranks. The ranks wait for each other several times while DeepSpeed
+saves, so a rank whose disk is full must not raise in between: it keeps its failure until all ranks
+have written, and then they compare.
 """
 
 import contextlib
@@ -50,8 +50,8 @@ def step_of(path: Path) -> int:
 
 
 def read_list(path: Path) -> dict:
-    """{step, world, stage, run, files: {name: [bytes, CRC-32]}} of a checkpoint; UserError
-    if it has none."""
+    """{step, world, stage, run, files: {name: [bytes, CRC-32]}} of a checkpoint, "run" being the
+    settings. Raises UserError."""
     try:
         facts = json.loads((path / LIST).read_text())
         if not {"step", "world", "stage", "run", "files"} <= facts.keys():
@@ -63,12 +63,12 @@ def read_list(path: Path) -> dict:
 
 
 # -------------------------------------------------------------------------------------------------
-# Save: beside, then renamed.
+# Save.
 
 
 class Writer(TorchCheckpointEngine):
-    """torch.save to the disk itself (fsync), with size and checksum of what was meant to be there;
-    the first failure is kept instead of raised."""
+    """torch.save with fsync. Keeps the size and checksum of what it meant to write, and the first
+    failure, which it does not raise."""
 
     def __init__(self):
         super().__init__()
@@ -82,16 +82,16 @@ class Writer(TorchCheckpointEngine):
             self.failure = self.failure or f"{path}: {error.strerror}"
 
     def save(self, state_dict, path: str):
-        if "optimizer_state_dict" in state_dict:  # zero_to_fp32 asks, BF16_Optimizer does not say
+        if "optimizer_state_dict" in state_dict:  # for zero_to_fp32; BF16_Optimizer has none
             state_dict["optimizer_state_dict"].setdefault("zero_stage", 1)
-        set_crc32_options(False)  # of its parts; Sums has those of the whole
+        set_crc32_options(False)  # of the parts: Sums has that of the whole file
         try:
             with open(path, "wb") as file:
                 torch.save(state_dict, sums := Sums(file))
                 file.flush()
                 os.fsync(file.fileno())
             self.files[Path(path).name] = [sums.size, sums.crc]
-        except Exception as error:  # of a full disk, torch's own writer makes a RuntimeError
+        except Exception as error:  # on a full disk, torch's writer has a RuntimeError
             while error.__context__ and not isinstance(error, OSError):
                 error = error.__context__
             self.failure = self.failure or f"{path}: {getattr(error, 'strerror', None) or error}"
@@ -126,13 +126,13 @@ def save(engine, step: int, folder: Path, settings: dict, keep: int, every: int)
     scratch = path.with_suffix(".partial")
     on_main(lambda: _clean(folder))
     engine.checkpoint_engine = writer = Writer()
-    engine._copy_recovery_script = lambda save_path: None  # export.py does its work
+    engine._copy_recovery_script = lambda save_path: None  # export.py does that script's work
     engine.save_checkpoint(
         str(folder),
         tag=scratch.name,
         client_state={"step": step},
         save_latest=False,
-        exclude_frozen_parameters=True,  # of LoRA: the model itself is where it came from
+        exclude_frozen_parameters=True,  # of LoRA: they are in the base model
     )
     files = {name: sums for written in gather(writer.files) for name, sums in written.items()}
     facts = {"step": step, "world": dist.get_world_size(), "run": settings, "files": files}
@@ -148,7 +148,7 @@ def save(engine, step: int, folder: Path, settings: dict, keep: int, every: int)
 
 
 def _publish(scratch: Path, path: Path, facts: dict):
-    """List the files and give the folder its name, all of it on the disk before the next thing."""
+    """List the files and give the folder its name; each step is on the disk before the next."""
     with open(scratch / LIST, "w") as file:
         file.write(json.dumps(facts, indent=2) + "\n")
         file.flush()
@@ -161,12 +161,13 @@ def _publish(scratch: Path, path: Path, facts: dict):
 def _prune(folder: Path, keep: int, every: int):
     for path in complete(folder)[keep:]:
         if not every or step_of(path) % every:
-            path.rename(path.with_suffix(".old"))  # a kill must not leave half a checkpoint
+            with contextlib.suppress(OSError):  # the next save tries again
+                path.rename(path.with_suffix(".old"))  # a kill must not leave half a checkpoint
     _clean(folder)
 
 
 def _clean(folder: Path):
-    """Delete what is neither complete nor broken; what cannot be deleted is tried the next time."""
+    """Delete what is neither complete nor broken; the next call retries what cannot be deleted."""
     for suffix in ("partial", "old", "universal"):
         for path in folder.glob(f"step_*.{suffix}"):
             shutil.rmtree(path, ignore_errors=True)
@@ -179,20 +180,20 @@ def _sync(folder: Path):
 
 
 # -------------------------------------------------------------------------------------------------
-# Load: the newest one that is whole.
+# Resume.
 
 
 def resume(
     engine, folder: Path, settings: dict, result_settings: Callable[[dict], dict] = dict
 ) -> int:
-    """Load the newest complete and readable checkpoint; its step, or 0 where there is none.
+    """Load the newest complete checkpoint that can be read. Returns its step, or 0 without one.
 
-    settings: what the checkpoint must have been saved with. result_settings: picks from what was
-    saved what has to agree.
+    settings: those that it must have been saved with. result_settings: picks from the saved ones
+    those that have to agree.
 
-    Broken ones that are newer are set aside with a warning. Another number of ranks or ZeRO stage
-    goes through DeepSpeed's universal checkpoint. Raises UserError where a checkpoint is of
-    another run, or where there are some and none can be read."""
+    Newer ones that are broken are set aside with a warning. A checkpoint of another number of ranks
+    or ZeRO stage is converted by DeepSpeed's universal checkpoint. Raises UserError if it is of
+    another run, or if there are checkpoints and none can be read."""
     on_main(lambda: _clean(folder))
     flaws = {}
     for path in share(complete(folder)):
@@ -204,7 +205,7 @@ def resume(
         if flaws:
             raise UserError(
                 f"{folder}: none of its checkpoints can be read ({'; '.join(flaws.values())}); put "
-                "back a copy of one, or move the run's folder away to start anew."
+                "back a copy of one, or move the run's folder away to start again."
             )
         return 0
     for broken, flaw in flaws.items():
@@ -214,7 +215,7 @@ def resume(
 
 
 def _flaw(path: Path, rank: int = 0, world: int = 1) -> str | None:
-    """What is wrong with this rank's share of the files: missing, cut short, or other bytes."""
+    """What is wrong with this rank's share of the files: one is missing, cut short or changed."""
     try:
         files = read_list(path)["files"]
         for name in sorted(files)[rank::world]:
@@ -264,16 +265,16 @@ def _load(engine, path: Path, settings: dict, result_settings: Callable[[dict], 
             on_main(lambda: _convert(path, source, facts["stage"], stage))
         except UserError as error:
             raise UserError(
-                f"{path}: cannot be converted ({error}); that needs twice its size of free "
-                f"disk, and with {facts['world']} rank(s) and ZeRO-{facts['stage']} nothing."
+                f"{path}: cannot be converted ({error}); make twice its size free on the disk, or "
+                f"resume with {facts['world']} rank(s) and ZeRO-{facts['stage']}."
             ) from error
-    engine._config.load_universal_checkpoint = source != path  # nothing else reads it, 0.19.8
+    engine._config.load_universal_checkpoint = source != path  # for the next call alone, 0.19.8
     with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints
         options = {"tag": source.name, "load_module_strict": False}
         _, state = engine.load_checkpoint(str(source.parent), **options)
     engine._config.load_universal_checkpoint = False
     for moments in engine.optimizer.optimizer.state.values():
-        if torch.is_tensor(moments.get("step")):  # one tensor for all sub-groups, counted in each
+        if torch.is_tensor(moments.get("step")):  # else all sub-groups count in one tensor
             moments["step"] = moments["step"].clone()
     first(None)  # all have read it
     on_main(lambda: _clean(path.parent))
@@ -281,8 +282,9 @@ def _load(engine, path: Path, settings: dict, result_settings: Callable[[dict], 
 
 
 def _convert(path: Path, target: Path, before: int, now: int):
-    """path, of ZeRO stage `before`, as `target`, which stage `now` can load on any ranks. It may
-    take an hour: SDXL's 31 GB are read and written three times."""
+    """Write `path`, of ZeRO stage `before`, as `target`, which stage `now` can load on any ranks.
+
+    It may take an hour: SDXL's 31 GB are read and written three times."""
     from deepspeed.checkpoint import ds_to_universal
 
     options = Namespace(
@@ -294,16 +296,17 @@ def _convert(path: Path, target: Path, before: int, now: int):
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             ds_to_universal.main(options)
         _translate(target, before, now)
-    except Exception as error:  # on rank 0 alone: the others wait
+    except Exception as error:  # of any kind: the other ranks wait for rank 0
         shutil.rmtree(target.parent, ignore_errors=True)
         raise UserError(f"{type(error).__name__}: {error}") from error
 
 
 def _translate(folder: Path, before: int, now: int):
-    """DeepSpeed 0.19's universal files of stage 3 and of stages 1 and 2 differ: in the name of the
-    model's file, in where AdamW's step is, and in whether a tensor has a dictionary around it.
+    """Turn DeepSpeed 0.19's universal files of stage 3 into those of stages 1 and 2, or back.
 
-    Those of stage 3 have all of rank 0's optimizer in the file that every rank reads: dropped."""
+    They differ in the name of the model's file, in where AdamW's step is, and in whether a tensor
+    has a dictionary around it. Those of stage 3 hold all of rank 0's optimizer in the file that
+    every rank reads, which is dropped."""
     common = folder / "zero" / "optimizer_state.pt"
     state = torch.load(common, map_location="cpu", weights_only=False)
     parameters = [path for path in (folder / "zero").iterdir() if path.is_dir()]
@@ -322,8 +325,12 @@ def _translate(folder: Path, before: int, now: int):
                 torch.save({"param": torch.load(file)}, file)
             torch.save(step, path / "step.pt")
     torch.save(state, common)
-    names = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    os.replace(folder / names[before == 3], folder / names[now == 3])
+    os.replace(folder / _model_file(before), folder / _model_file(now))
+
+
+def _model_file(stage: int) -> str:
+    name = "mp_rank_00_model_states.pt"
+    return f"zero_pp_rank_0_{name}" if stage == 3 else name
 
 
 # -------------------------------------------------------------------------------------------------
@@ -333,14 +340,14 @@ def _translate(folder: Path, before: int, now: int):
 def set_master_weights(engine, weights: dict[str, torch.Tensor]):
     """Make fp32 tensors, by name and whole on every rank, the master weights of what is trained.
 
-    DeepSpeed made them of the engine's half-precision weights, whose rounding they would keep; the
-    engine's own stay as they are, and must be `weights` rounded."""
+    DeepSpeed has made them of the engine's half-precision weights, so that they are rounded. The
+    engine's own weights stay as they are, and must be `weights` rounded."""
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
         if engine.zero_optimization_stage() < 3:
             safe_set_full_fp32_param(parameter, weights[name])
-        else:  # there that function refuses a tensor that the ranks do not divide
+        else:  # under ZeRO-3 that function refuses a tensor that the ranks do not divide
             size, group = parameter.ds_tensor.numel(), parameter.ds_process_group
             padding = size * dist.get_world_size(group) - parameter.ds_numel
             padded = torch.nn.functional.pad(weights[name].flatten(), (0, padding))
@@ -358,7 +365,8 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
     if flaw := _flaw(path):
         raise UserError(f"{flaw}; name another checkpoint.")
-    with contextlib.redirect_stdout(io.StringIO()):
+    quiet = io.StringIO()  # DeepSpeed prints lines and progress bars
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         return get_fp32_state_dict_from_zero_checkpoint(
             str(path.parent), tag=path.name, exclude_frozen_parameters=True
         )

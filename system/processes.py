@@ -1,13 +1,13 @@
-"""The processes of one job: they join, agree, speak and stop together.
+"""The processes of one job: they join, agree, print and stop together.
 
     join()              become one group, or say who is missing and why
-    agree(facts)        what must be the same everywhere is compared, and the first difference named
-    shares_folder(out)  every rank sees the files that rank 0 writes
+    agree(facts)        compare what must be the same everywhere, and name the first difference
+    shares_folder(out)  check that every rank sees the files that rank 0 writes
     with Stop() as stop: ... if stop.asked(): save    a signal to one rank stops all at one step
 
-A rank is a process, one a GPU; ranks are numbered from 0 over all nodes. What is marked collective
-has to be called by all of them, and raises or returns the same on all. docs/nodes.md is the user's
-side of it.
+A rank is a process, one per GPU; ranks are numbered from 0 over all nodes. A function that is
+marked collective has to be called by all of them, and raises or returns the same on all.
+docs/nodes.md tells users about it.
 """
 
 import atexit
@@ -35,7 +35,7 @@ import torch.distributed as dist
 from system.files import ROOT, UserError
 
 # -------------------------------------------------------------------------------------------------
-# Words. They work before join(), too.
+# Printing. It works before join(), too.
 
 
 def rank() -> int:
@@ -56,13 +56,13 @@ def print0(*words, file=None):
 
 
 def print_node(*words, file=None):
-    """Print once a node, for what the reader of any node's output must learn."""
+    """Print once a node, for what must stand in the output of every node."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(*words, file=file, flush=True)
 
 
 def spans(ranks: Sequence[int]) -> str:
-    """Ascending numbers in short: [0, 1, 2, 5] is "0-2, 5"."""
+    """Ascending numbers in short form: [0, 1, 2, 5] is "0-2, 5"."""
     first = [r for r in ranks if r - 1 not in ranks]
     last = [r for r in ranks if r + 1 not in ranks]
     return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(first, last, strict=True))
@@ -71,8 +71,9 @@ def spans(ranks: Sequence[int]) -> str:
 def excerpt(text: str, other: str, width: int = 60) -> str:
     """At most `width` characters of `text`, from shortly before it differs from `other`."""
     start = max(0, min(len(commonprefix([text, other])) - width // 3, len(text) - width))
-    cut = text[start : start + width]
-    return "..." * (start > 0) + cut + "..." * (start + width < len(text))
+    before = "..." if start > 0 else ""
+    after = "..." if start + width < len(text) else ""
+    return before + text[start : start + width] + after
 
 
 # -------------------------------------------------------------------------------------------------
@@ -80,9 +81,8 @@ def excerpt(text: str, other: str, width: int = 60) -> str:
 
 
 def join(timeout: float = 600.0):
-    """Join the launcher's process group (deepspeed, torchrun, srun); plain `python` is one of one.
-
-    timeout: seconds for all ranks to come. Raises UserError."""
+    """Join the launcher's process group (deepspeed, torchrun, srun); plain `python` is a group of
+    one. timeout: seconds for all ranks to come. Raises UserError."""
     import deepspeed
 
     if "RANK" not in os.environ:
@@ -93,7 +93,7 @@ def join(timeout: float = 600.0):
     store = None
     if os.environ["MASTER_PORT"] != "0" and not dist.is_initialized():
         store = roll_call(timeout)
-    # torch's rendezvous takes up rank 0's server again (multi_tenant), so `store` has to live.
+    # torch's rendezvous uses rank 0's server again (multi_tenant), so `store` is kept until then.
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     del store
     for group in (cpu_group, patient_group):
@@ -121,7 +121,7 @@ def joined() -> Iterator[None]:
 
 
 def roll_call(timeout: float) -> dist.Store:
-    """The launcher's store, once all ranks of this job, and of no other, have come to it."""
+    """The launcher's store, once all ranks of this job, and of no other job, have connected."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     host, end = socket.gethostname(), time.monotonic() + timeout
@@ -130,7 +130,7 @@ def roll_call(timeout: float) -> dist.Store:
     keys = dist.PrefixStore("ranks", store)
 
     def wait_for(key: str, patience: float = 0.0) -> str:
-        while not keys.check([key]):  # get() would wait as well, but not without C++ traces
+        while not keys.check([key]):  # get() would wait as well, but prints C++ traces
             if time.monotonic() > end + patience:
                 raise UserError(
                     f"{me} reached {place}, but heard nothing from rank 0 there within "
@@ -159,7 +159,7 @@ def roll_call(timeout: float) -> dist.Store:
         keys.set(f"host/{rank}", host)
         if first:
             wait_for_ranks(keys, world, place, timeout)
-        elif said := wait_for("verdict", patience=10.0):  # rank 0 began to wait later
+        elif said := wait_for("verdict", patience=10.0):  # rank 0 may have started later
             raise UserError(said)
     except dist.DistError as error:
         raise UserError(
@@ -169,7 +169,7 @@ def roll_call(timeout: float) -> dist.Store:
 
 
 def open_store(rank: int, me: str, place: str, timeout: float) -> dist.TCPStore:
-    """Serve the store on rank 0, or at torchrun in its agent; connect to it everywhere else."""
+    """Serve the store on rank 0, or under torchrun in its agent; all others connect to it."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serve = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     end = time.monotonic() + timeout
@@ -205,7 +205,7 @@ def open_store(rank: int, me: str, place: str, timeout: float) -> dist.TCPStore:
 def wait_for_ranks(keys: dist.Store, world: int, place: str, timeout: float):
     """On rank 0: wait until all have written their host, or say who is missing."""
     start, hosts, missing = time.monotonic(), {}, list(range(world))
-    speak = 20.0
+    next_print = 20.0
     while missing:
         for rank in [r for r in missing if keys.check([f"host/{r}"])]:
             missing.remove(rank)
@@ -221,12 +221,13 @@ def wait_for_ranks(keys: dist.Store, world: int, place: str, timeout: float):
             keys.set("verdict", said)
             time.sleep(1)  # the others read it from this process
             raise UserError(said)
-        if missing and waited > speak:
+        if missing and waited > next_print:
             print0(
                 f"Waiting for rank(s) {spans(missing)} of {world} ({waited:.0f} s; here: {here})."
             )
-            speak += 30.0
-        time.sleep(0.1 * bool(missing))
+            next_print += 30.0
+        if missing:
+            time.sleep(0.1)
     keys.set("verdict", "")
 
 
@@ -236,20 +237,20 @@ def wait_for_ranks(keys: dist.Store, world: int, place: str, timeout: float):
 
 @functools.cache
 def cpu_group():
-    """All ranks over gloo, so that asking does not make a CPU wait for its GPU (collective)."""
+    """All ranks over gloo, so that no CPU has to wait for its GPU (collective)."""
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 @functools.cache
 def patient_group():
-    """The same, for what one rank may do for hours while the others wait: a first download of the
-    data, the conversion of a checkpoint. A rank that ends breaks the connection, which the others
-    see at once; one that hangs is noticed by what does not wait as long, any_rank and NCCL."""
+    """All ranks over gloo, for what one rank may do for hours while the others wait: download the
+    data, convert a checkpoint. If a rank ends, the others see the broken connection at once; a rank
+    that hangs is noticed by any_rank and NCCL, which do not wait as long (collective)."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
 def gather(value: Any) -> list:
-    """The values of all ranks, by rank; in a process that has not joined, its own (collective).
+    """The values of all ranks, by rank; of a process that has not joined, its own (collective).
 
     Waits up to 7 days, as do first, together, on_main and share."""
     if not dist.is_initialized():
@@ -260,12 +261,12 @@ def gather(value: Any) -> list:
 
 
 def first(words: str | None) -> str | None:
-    """The first words that any rank has (collective)."""
+    """The lowest rank's text that is not empty, or None (collective)."""
     return next((said for said in gather(words) if said), None)
 
 
 def together(action: Callable) -> Any:
-    """action() on every rank; a UserError, an OSError or too little GPU memory on any one is a
+    """action() on every rank; a UserError, an OSError or too little GPU memory on one of them is a
     UserError on all (collective)."""
     result = said = None
     try:
@@ -280,8 +281,8 @@ def together(action: Callable) -> Any:
 
 
 def on_main(action: Callable) -> Any:
-    """action() on rank 0 while the others wait, its result on all; a UserError or OSError there is
-    a UserError on all (collective)."""
+    """action() on rank 0 alone, its result on all ranks; its UserError or OSError becomes a
+    UserError on all (collective)."""
     return share(together(lambda: action() if is_main() else None))
 
 
@@ -298,7 +299,7 @@ def any_rank(value: int) -> int:
 
 
 def agree(facts: dict[str, Any]):
-    """Raises UserError on every rank if `facts`, compared as JSON text, differ (collective)."""
+    """Raises UserError on every rank if the ranks' `facts`, as JSON text, differ (collective)."""
     texts = {key: json.dumps(value, sort_keys=True, default=str) for key, value in facts.items()}
     everyone = gather((socket.gethostname(), texts))
     host, first = everyone[0]
@@ -314,7 +315,7 @@ def agree(facts: dict[str, Any]):
 
 
 def code_version(root: Path = ROOT) -> str:
-    """12 hex digits over the *.py that a run imports and the versions of what they stand on."""
+    """12 hex digits of the .py files that a run imports and of the libraries' versions."""
     digest = hashlib.sha256()
     folders = (root, root / "training", root / "evaluation", root / "system")
     for file in sorted(file for folder in folders for file in folder.glob("*.py")):
@@ -356,15 +357,16 @@ def shares_folder(folder: Path, patience: float = 10.0):
 
 
 class Stop:
-    """SIGTERM and SIGINT ask the job to stop, whichever rank they reach; a second SIGINT insists.
+    """SIGTERM and SIGINT ask the job to stop, whichever rank they reach; a second SIGINT interrupts
+    at once.
 
-    DeepSpeed's launch.py passes a SIGTERM on to one rank, and to the next when that one has ended,
-    so the ranks have to tell each other. It kills a rank 30 s after its signal. The `deepspeed`
-    command around it passes nothing on (runner.py, but for pdsh): see docs/nodes.md."""
+    DeepSpeed's launch.py passes a SIGTERM to one rank, and to the next when that one has ended, so
+    the ranks have to tell each other. It kills a rank 30 s after its signal. The `deepspeed`
+    command around it (runner.py) passes signals on with pdsh only: see docs/nodes.md."""
 
     def __enter__(self):
         self.got, self.before = [], {}
-        if threading.current_thread() is threading.main_thread():  # Python allows it there alone
+        if threading.current_thread() is threading.main_thread():  # else Python refuses
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.before[number] = signal.signal(number, self.note)
         return self

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+import yaml
 from test_train import distance
 
 import model
@@ -262,17 +263,22 @@ def test_the_card_names_the_unet_that_training_started_from(argv, checkpoint, tm
     text = card.render(card_of(argv()), [])
     assert f"\n`{base}`, fine-tuned by" in text and "with the UNet" not in text
     assert "| seed | 0 |" in text and "| unet |" not in text
-    facts = card_of(argv(unet=other))
     start = f"`{base}` with the UNet of `{other}`"
-    assert f"\n{start}, fine-tuned by" in card.render(facts, [])
+    assert f"\n{start}, fine-tuned by" in card.render(card_of(argv(unet=other)), [])
     adapters = card_of(argv(unet=other, lora="x.safetensors", lora_start="merge", lora_rank=2))
     merged = f"LoRA adapters for {start} and with the LoRA `x.safetensors` merged into it, "
     assert merged in card.render(adapters, [])
-    older = {key: value for key, value in facts.items() if not key.startswith("unet")}
-    assert f"\n{start}, fine-tuned by" in card.render(older, [])  # card.json before it had them
-    older = card_of(argv(lora_rank=2))
-    del older["unet"], older["unet_subfolder"]
-    assert f"LoRA adapters for the UNet of `{base}`, fine-tuned by" in card.render(older, [])
+    adapters = card_of(argv(lora_rank=2))
+    assert f"LoRA adapters for the UNet of `{base}`, fine-tuned by" in card.render(adapters, [])
+
+
+@pytest.mark.parametrize("path", ["a, b.parquet", "a: [b].parquet", "# 'a' \"b\".parquet"])
+def test_the_front_matter_of_the_card_holds_any_path(path, argv):
+    front = card.render(card_of(argv(data=path, lora_rank=2)), []).split("---\n")[1]
+    assert yaml.safe_load(front)["datasets"] == [path]
+    assert yaml.safe_load(front)["tags"] == [
+        "inpo", "preference-alignment", "text-to-image", "lora",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("subfolder", [None, "unet"])

@@ -1,14 +1,13 @@
-"""README.md of an aligned model: how it was made, on what, and how training went."""
+"""The model card: README.md of an aligned model. How it was made, on what, how training went."""
 
 import argparse
 import math
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
-import deepspeed
-import diffusers
-import torch
+from huggingface_hub import ModelCardData
 
 from system import hub
 
@@ -22,12 +21,12 @@ METHODS = {
 
 
 def facts(args: argparse.Namespace, asked: dict, adapters: bool, pairs: int, world: int) -> dict:
-    """What is to be said of a run, as JSON holds it. asked: its flags. pairs: of the data."""
+    """What the card says of a run, as JSON holds it. asked: its settings. pairs: of the data."""
     names = hub.PRESETS | {"tiny": "assets/tiny-sdxl"}
-    recipe = {key: value for key, value in asked.items() if key != "ds_config"}
     argv = [word for word in sys.argv if not word.startswith("--local_rank")]
+    versions = [f"{name} {version(name)}" for name in ("torch", "deepspeed", "diffusers")]
     return {
-        "title": f"{Path(args.model).name}-{args.method}" + "-lora" * adapters,
+        "title": f"{Path(args.model).name}-{args.method}" + ("-lora" if adapters else ""),
         "method": args.method,
         "base_model": names.get(args.model, args.model),
         "unet": args.unet and names.get(args.unet, args.unet),
@@ -37,79 +36,89 @@ def facts(args: argparse.Namespace, asked: dict, adapters: bool, pairs: int, wor
         "data": args.data,
         "pairs": pairs,
         "command": f"deepspeed {shlex.join(argv)}",
-        "recipe": {key.replace("_", "-"): value for key, value in recipe.items()},
-        "versions": f"torch {torch.__version__}, deepspeed {deepspeed.__version__}, "
-        f"diffusers {diffusers.__version__}, {world} rank(s)",
+        "recipe": {k.replace("_", "-"): v for k, v in asked.items() if k != "ds_config"},
+        "versions": f"{', '.join(versions)}, {world} rank(s)",
     }
 
 
-def loading(card: dict, unet: str | None) -> str:
-    """The Python that loads what adapters were trained on, and then them from FOLDER."""
-    code, given = "", ""
-    if unet:
-        subfolder = f', subfolder="{folder}"' if (folder := card.get("unet_subfolder")) else ""
-        code = f'unet = diffusers.UNet2DConditionModel.from_pretrained("{unet}"{subfolder})\n'
+def loading(record: dict) -> str:
+    """The Python that loads the model that adapters were trained on, then the adapters."""
+    code, given = "import diffusers\n\n", ""
+    if record["unet"]:
+        subfolder = record["unet_subfolder"]
+        place = f'"{record["unet"]}"' + (f', subfolder="{subfolder}"' if subfolder else "")
+        code += f"unet = diffusers.UNet2DConditionModel.from_pretrained({place})\n"
         given = ", unet=unet"
-    base = f'"{card["base_model"]}"{given}'
+    base = f'"{record["base_model"]}"{given}'
     code += f"pipeline = diffusers.DiffusionPipeline.from_pretrained({base})\n"
-    if card["merged"]:
-        code += f'pipeline.load_lora_weights("{card["merged"]}")\n'
+    if record["merged"]:
+        code += f'pipeline.load_lora_weights("{record["merged"]}")\n'
         code += "pipeline.fuse_lora()\npipeline.unload_lora_weights()\n"
     return f"{code}pipeline.load_lora_weights(FOLDER)"
 
 
-def render(card: dict, lines: list[dict]) -> str:
-    """The card, from `facts` and the lines of metrics.jsonl: means over the last tenth of steps."""
+def origin(record: dict) -> str:
+    """One sentence on what was trained from what; for adapters, with the code that loads them."""
+    start = f"`{record['base_model']}`"
+    if record["unet"]:
+        start += f" with the UNet of `{record['unet']}`"
+    if record["merged"]:
+        also = " and" if record["unet"] else ""
+        start += f"{also} with the LoRA `{record['merged']}` merged into it"
+    sentence = f"{start}, fine-tuned by {METHODS[record['method']]}."
+    if not record["adapters"]:
+        return sentence
+    whose = "" if record["unet"] else "the UNet of "
+    return f"LoRA adapters for {whose}{sentence}\n\n```python\n{loading(record)}\n```"
+
+
+def rows(values: dict) -> str:
+    return "\n".join(f"| {key} | {value} |" for key, value in values.items())
+
+
+def render(record: dict, lines: list[dict]) -> str:
+    """The card. record: of `facts`. lines: of metrics.jsonl, averaged over the last tenth."""
     last = lines[-max(1, len(lines) // 10) :]
     names = [name for name in last[-1] if name != "step"] if last else []
     means = {
-        name: sum(line[name] for line in last) / len(last)
+        name: f"{sum(line[name] for line in last) / len(last):.4g}"
         for name in names
         if all(isinstance(line[name], float) and math.isfinite(line[name]) for line in last)
     }
-    recipe = {key: value for key, value in card["recipe"].items() if value is not None}
-    recipe = "\n".join(f"| {key} | {value} |" for key, value in recipe.items())
-    metrics = "\n".join(f"| {key} | {value:.4g} |" for key, value in means.items())
-    base, tags = f"`{card['base_model']}`", [card["method"], "preference-alignment"]
-    if unet := card.get("unet", card["recipe"].get("unet")):  # older runs have it there alone
-        base += f" with the UNet of `{unet}`"
-    if card["merged"]:
-        base += " and" * bool(unet) + f" with the LoRA `{card['merged']}` merged into it"
-    what = f"{base}, fine-tuned by {METHODS[card['method']]}."
-    if card["adapters"]:
-        tags.append("lora")
-        what = f"LoRA adapters for {'' if unet else 'the UNet of '}{what}"
-        what += f"\n\n```python\nimport diffusers\n\n{loading(card, unet)}\n```"
+    tags = [record["method"], "preference-alignment", "text-to-image"]
+    front = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=record["base_model"],
+        datasets=[record["data"]],
+        tags=[*tags, "lora"] if record["adapters"] else tags,
+    )
     return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-base_model: {card["base_model"]}
-datasets: [{card["data"]}]
-tags: [{", ".join(tags)}, text-to-image]
+{front.to_yaml()}
 ---
 
-# {card["title"]}
+# {record["title"]}
 
-{what}
+{origin(record)}
 
 ```
-{card["command"]}
+{record["command"]}
 ```
 
 ## Recipe
 
 | | |
 |---|---|
-{recipe}
+{rows({key: value for key, value in record["recipe"].items() if value is not None})}
 
-Data: `{card["data"]}`, {card["pairs"]} pairs after ties were removed. {card["versions"]}.
+Data: `{record["data"]}`, {record["pairs"]} pairs after ties were removed. {record["versions"]}.
 
 ## Training metrics
 
-Means over the last {len(last)} of {len(lines)} steps, on the training pairs. They say nothing of
-the pictures; `evaluate.py` does.
+These are means over the last {len(last)} of {len(lines)} steps, on the training pairs. They say
+nothing about the pictures; `evaluate.py` does.
 
 | | |
 |---|---|
-{metrics}
+{rows(means)}
 """

@@ -1,9 +1,9 @@
-"""A model from a run or one of its checkpoints, without training.
+"""Write the model of a run, or of one of its checkpoints, without training.
 
-    python export.py out/sdxl-inpo                                 # its newest checkpoint
-    python export.py out/sdxl-inpo/checkpoints/step_000200         # this one
-    python export.py out/sdxl-inpo --to unet --dtype fp16          # the UNet alone, half the size
-    python export.py out/sdxl-lora --to pipeline --out sdxl-mine   # adapters merged
+    python -m training.export out/sdxl-inpo                                 # newest checkpoint
+    python -m training.export out/sdxl-inpo/checkpoints/step_000200         # this one
+    python -m training.export out/sdxl-inpo --to unet --dtype fp16          # UNet alone, half size
+    python -m training.export out/sdxl-lora --to pipeline --out sdxl-mine   # adapters merged
 
 Writes a diffusers pipeline, a UNet folder or a LoRA file (pytorch_lora_weights.safetensors), with a
 model card; the folder is complete or absent. Weights are the fp32 master weights, rounded once; all
@@ -12,20 +12,38 @@ runs.
 """
 
 import argparse
-import json
-import shutil
-import sys
 from pathlib import Path
+
+from system.program import Parser, reported
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("training.export", __doc__)
+    add = parser.add_argument
+    add("path", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints/step_*")
+    add("--to", choices=("pipeline", "unet", "lora"),
+        help="(if not given: lora for a LoRA run, else pipeline)")  # fmt: skip
+    add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the weights")
+    add("--out", type=Path, help="(if not given: exports/ in the run's folder)", metavar="FOLDER")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse()  # answers --help and wrong flags before the imports below, which take seconds
+
+import json
+import sys
 
 import torch
 from safetensors import SafetensorError
 
 import model
 from system import checkpoint
-from system.files import UserError
-from system.program import HelpFormatter, reported
-from training import card, lora, plan
+from system.files import UserError, replacing
+from training import lora
+from training.card import render
 from training.folder import read_metrics
+from training.plan import compute_dtype
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -58,27 +76,28 @@ def read(file: Path) -> dict:
         ) from error
 
 
-def load(asked: argparse.Namespace, path: Path):
+def load(settings: argparse.Namespace, path: Path):
     """(the pipeline that the run started from, in fp32; what was trained, by name; a warning where
     that start is not the one that the run saw, else "")."""
-    weights, found = checkpoint.weights(path), set()
-    dtype = plan.compute_dtype(asked.ds_config)
+    weights, identities = checkpoint.weights(path), set()
+    dtype = compute_dtype(settings.ds_config)
     if dtype != torch.float32:  # the run's own, unless it ran on a CPU
-        found.add(model.identity(lora.load_start(asked, dtype)))
-    pipeline = lora.load_start(asked, torch.float32)
-    found.add(model.identity(pipeline))
+        identities.add(model.identity(lora.load_start(settings, dtype)))
+    pipeline = lora.load_start(settings, torch.float32)
+    identities.add(model.identity(pipeline))
     unet = pipeline.unet
-    own = lora.trainable(unet) if lora.trains_adapters(asked) else unet.state_dict()
-    if {k: w.shape for k, w in own.items()} != {k: w.shape for k, w in weights.items()}:
+    trained = lora.trainable(unet) if lora.trains_adapters(settings) else unet.state_dict()
+    if {k: w.shape for k, w in trained.items()} != {k: w.shape for k, w in weights.items()}:
         raise UserError(
-            f"{path}: does not fit {asked.unet or asked.model}, which has changed since the run."
+            f"{path}: does not fit {settings.unet or settings.model}, which has changed since the "
+            "run."
         )
     unet.load_state_dict(weights, strict=False)
-    if vars(asked).get("start_identity") in {None, *found}:  # older runs did not note it
+    if settings.start_identity in identities:
         return pipeline, weights, ""
     warning = (
-        f"Warning: {asked.model}, what was put into it, or a library has changed since the run, so "
-        "this may not be the model that was trained."
+        f"Warning: {settings.model}, what was put into it, or a library has changed since the run, "
+        "so this may not be the model that was trained."
     )
     return pipeline, weights, warning
 
@@ -88,8 +107,8 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
     pipeline) to out (None: exports/ in the run's folder). Returns the folder."""
     path = find(path.resolve())
     folder, step = path.parent.parent, checkpoint.read_list(path)["step"]
-    asked, facts = argparse.Namespace(**read(folder / "run.json")), read(folder / "card.json")
-    adapters = lora.trains_adapters(asked)
+    settings, facts = argparse.Namespace(**read(folder / "run.json")), read(folder / "card.json")
+    adapters = lora.trains_adapters(settings)
     kind = kind or ("lora" if adapters else "pipeline")
     if kind == "lora" and not adapters:
         raise UserError(f"--to lora: {folder} trained the whole UNet; take pipeline or unet.")
@@ -97,43 +116,33 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists and is not empty; name another folder.")
 
-    pipeline, weights, warning = load(asked, path)
+    pipeline, weights, warning = load(settings, path)
+    text = render(facts | {"adapters": kind == "lora"}, read_metrics(folder, step))
     if warning:
         print(warning, file=sys.stderr)
+        text += f"\n{warning}\n"
     unet = pipeline.unet
     if kind != "lora" and adapters:
         unet.fuse_lora(safe_fusing=True)
         unet.unload_lora()
-    lines = [line for line in read_metrics(folder) if line["step"] <= step]
-    scratch = out.with_name(f"{out.name}.partial")
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        if kind == "lora":
-            lora.save(weights, unet.peft_config[lora.NAME], scratch, DTYPES[dtype])
-        elif kind == "unet":
-            unet.to(DTYPES[dtype]).save_pretrained(scratch, max_shard_size="1TB")  # one file
-        else:
-            model.write_pipeline(pipeline.to(DTYPES[dtype]), scratch)
-        text = card.render(facts | {"adapters": kind == "lora"}, lines)
-        (scratch / "README.md").write_text(text + f"\n{warning}\n" * bool(warning))
-        scratch.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as scratch:
+            scratch.mkdir()
+            if kind == "lora":
+                lora.save(weights, unet.peft_config[lora.NAME], scratch, DTYPES[dtype])
+            elif kind == "unet":
+                unet.to(DTYPES[dtype]).save_pretrained(scratch, max_shard_size="1TB")  # one file
+            else:
+                model.write_pipeline(pipeline.to(DTYPES[dtype]), scratch)
+            (scratch / "README.md").write_text(text)
     except (OSError, SafetensorError) as error:  # a full disk raises one or the other
         raise UserError(f"--out {out}: was not written ({error}).") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return out
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("path", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints/step_*")
-    add("--to", choices=("pipeline", "unet", "lora"),
-        help="(if not given: lora for a LoRA run, else pipeline)")  # fmt: skip
-    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights")
-    add("--out", type=Path, help="(if not given: exports/ in the run's folder)", metavar="FOLDER")
-    args = parser.parse_args(argv)
+    args = parse(argv)
     with reported("training.export"):
         out = export(args.path, args.to, args.dtype, args.out)
     print(f"Wrote {out}.")

@@ -19,6 +19,7 @@ model_index.json, ...   the aligned pipeline in diffusers layout, written at the
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -180,17 +181,17 @@ def resumes_at(out: Path) -> int:
     return checkpoint.step_of(found[0]) if found else 0
 
 
-def read_metrics(out: Path) -> list[dict]:
-    """The lines of metrics.jsonl, without a last one that a kill cut short."""
+def read_metrics(out: Path, until: float = math.inf) -> list[dict]:
+    """The lines of metrics.jsonl up to a step, without a last one that a kill cut short."""
     file = out / "metrics.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines]
+    return [line for line in map(json.loads, lines) if line["step"] <= until]
 
 
 def drop_metrics(out: Path, step: int):
     """Delete the lines of metrics.jsonl after that step."""
-    kept = [line for line in read_metrics(out) if line["step"] <= step]
-    write(out / "metrics.jsonl", "".join(json.dumps(one) + "\n" for one in kept))
+    kept = [json.dumps(line) + "\n" for line in read_metrics(out, until=step)]
+    write(out / "metrics.jsonl", "".join(kept))
 
 
 def append_metrics(out: Path, lines: str):

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from system.files import UserError
+from system.files import UserError, write
 
 # -------------------------------------------------------------------------------------------------
 # The metrics.
@@ -32,15 +32,15 @@ GROWTH, WINDOW = 2.0, 10  # mean over the last WINDOW steps, errors scatter with
 
 
 class Watch:
-    """Sentences on a line of metrics.jsonl, once a step; each kind at most once a run.
+    """Warnings about the lines of metrics.jsonl; each kind at most once a run.
 
-    What a method does not measure (SFT has no reference) is not judged."""
+    Values that a method does not have (SFT has no reference) are not judged."""
 
     def __init__(self):
         self.said, self.recent = set(), []
 
     def __call__(self, line: dict) -> list[str]:
-        """line: step and the means over its pairs, see loss.py. Returns what to say, mostly []."""
+        """line: the step and the means over its pairs, see loss.py. Returns what is new to say."""
         self.recent = [*self.recent, line][-max(STREAK, WINDOW) :]
         new = [(kind, text) for kind, text in self._judge(line) if kind not in self.said]
         self.said |= {kind for kind, _ in new}
@@ -104,11 +104,11 @@ class Watch:
 
 
 def limit(ds_config: dict) -> int:
-    """Skipped steps in a row after which a run is stopped.
+    """How many skipped steps in a row stop a run.
 
     5, but dynamic loss scaling in fp16 skips steps until the scale fits: the first `hysteresis` - 1
     leave it, each further one halves it, from 2^initial_scale_power to min_loss_scale, after which
-    DeepSpeed raises an error of its own. Limit: by default 2 - 1 + 16 = 17."""
+    DeepSpeed raises an error of its own. By default these are 2 - 1 + 16 = 17."""
     fp16 = ds_config.get("fp16", {})
     if not fp16.get("enabled") or fp16.get("loss_scale", 0):
         return 5
@@ -117,10 +117,10 @@ def limit(ds_config: dict) -> int:
 
 
 class NonFiniteSteps:
-    """Counts the steps in a row that DeepSpeed skipped since a gradient was not finite.
+    """Counts the steps in a row that DeepSpeed skipped because a gradient was not finite.
 
-    out: the run's folder. limit: of such steps, see `limit`. Skipping is agreed on by all ranks, so
-    all ranks stop at the same step, and each writes what it saw."""
+    out: the run's folder. limit: of such steps, see `limit`. All ranks skip the same steps, so all
+    stop at the same one, and each writes what it saw."""
 
     def __init__(self, out: Path, rank: int, limit: int):
         self.out, self.rank, self.limit = out, rank, limit
@@ -138,7 +138,7 @@ class NonFiniteSteps:
     def after_step(self, step: int, engine):
         """Call after every optimizer step (from 1); repairs DeepSpeed, see `reset_after_skip`.
 
-        On the limit-th skipped step in a row writes out/nonfinite/step_XXXXXX_rank_R.json and
+        After `limit` skipped steps in a row it writes out/nonfinite/step_XXXXXX_rank_R.json and
         raises UserError."""
         notes, self.notes = self.notes, []
         if engine.was_step_applied():
@@ -154,14 +154,16 @@ class NonFiniteSteps:
         file.parent.mkdir(parents=True, exist_ok=True)
         report = {"step": step, "rank": self.rank, "skipped_in_a_row": self.skipped}
         report |= {"parameters": parameters, "statistics": _statistics(notes), "pairs": pairs}
-        file.write_text(json.dumps(_plain(report), indent=1, allow_nan=False) + "\n")
+        write(file, json.dumps(_plain(report), indent=1, allow_nan=False) + "\n")
         if parameters["nonfinite"]:
             likely = "the weights themselves are broken: start from an earlier checkpoint"
         elif any(pair["nonfinite"] for pair in pairs):
             likely = "images, VAE or UNet overflow: see its pairs, and prefer bf16 to fp16"
         else:
-            likely = "this rank's losses are finite, a backward pass overflows: a smaller --lr or "
-            likely += "--beta, or bf16 in place of fp16"
+            likely = (
+                "this rank's losses are finite and a backward pass overflows: take a smaller --lr "
+                "or --beta, or bf16 in place of fp16"
+            )
         raise UserError(
             f"{self.skipped} steps in a row had a non-finite loss or gradient (steps "
             f"{step - self.skipped + 1} to {step}); {file.parent} has the last one's rows and "
@@ -170,16 +172,16 @@ class NonFiniteSteps:
 
 
 def _pairs(numbers, rows, captions, values: dict[str, Tensor]) -> list[dict]:
-    """A record a pair; a value of 2P entries has winner and loser."""
+    """One record per pair; a value of 2P entries is split into winner and loser."""
     columns = {"number": [int(n) for n in numbers], "row": [int(row) for row in rows]}
     columns["caption"] = list(captions)
     columns["t"] = values["t"].tolist()[: len(captions)]
     measured = {}
     for name in ("err", "err_ref", "loss"):
-        sides = values.get(name, torch.empty(0)).double().cpu().split(len(captions))
-        ends = ("_winner", "_loser") if len(sides) == 2 else ("",)
         if name in values:
-            measured |= {name + end: side.tolist() for end, side in zip(ends, sides, strict=True)}
+            parts = values[name].double().cpu().split(len(captions))
+            ends = ("_winner", "_loser") if len(parts) == 2 else ("",)
+            measured |= {name + end: part.tolist() for end, part in zip(ends, parts, strict=True)}
     columns |= measured
     records = [
         dict(zip(columns, record, strict=True)) for record in zip(*columns.values(), strict=True)
@@ -190,7 +192,7 @@ def _pairs(numbers, rows, captions, values: dict[str, Tensor]) -> list[dict]:
 
 
 def _statistics(notes: list) -> dict:
-    """Of the step's images on this rank: how many of each value are finite, and their range."""
+    """How many values of the step's images on this rank are finite, and their range."""
     result = {}
     for name in ("err", "err_ref", "loss"):
         parts = [values[name].double().cpu() for *_, values in notes if name in values]
@@ -205,14 +207,14 @@ def _statistics(notes: list) -> dict:
 
 
 def _parameters(module: torch.nn.Module) -> dict:
-    """Names of the non-finite ones; under ZeRO-3 of this rank's shard, the ranks' files differ."""
+    """The names of the non-finite ones; under ZeRO-3 those of this rank's shard."""
     tensors = {name: getattr(p, "ds_tensor", p).data for name, p in module.named_parameters()}
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     return {"all": len(tensors), "nonfinite": broken}
 
 
 def _plain(node):
-    """JSON has no word for nan and inf: they become strings."""
+    """With nan and inf as strings, since JSON has neither."""
     if isinstance(node, dict):
         return {key: _plain(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -227,8 +229,8 @@ def _plain(node):
 def skip_nonfinite_steps(engine):
     """Let ZeRO-1 and -2 skip non-finite steps under every configuration.
 
-    In fp32 they do not look at the gradients themselves (engine.py, _configure_zero_optimizer) but
-    at their norm, and with zero_optimization.compute_grad_norm false at neither: NaN is applied."""
+    In fp32 they check only the norm of the gradients (engine.py, _configure_zero_optimizer), and
+    with zero_optimization.compute_grad_norm false not even that: NaN would be applied."""
     if hasattr(engine.optimizer, "check_grad_overflow"):
         engine.optimizer.check_grad_overflow = True
 
@@ -236,10 +238,10 @@ def skip_nonfinite_steps(engine):
 def reset_after_skip(engine):
     """Drop the gradients of a step that was skipped.
 
-    ZeRO-1 and -2 with the optimizer on the CPU keep them otherwise: stage_1_and_2.py's step()
-    returns early after reset_cpu_buffers(), which leaves averaged_gradients alone, and the fp32
-    accumulation adds to what is there. One NaN, and every later step is skipped too. Without
-    offload step() sets them to None itself."""
+    ZeRO-1 and -2 with the optimizer on the CPU keep them: step() in stage_1_and_2.py returns early,
+    after reset_cpu_buffers(), which does not clear averaged_gradients, and the fp32 accumulation
+    adds to them. After one NaN every later step would be skipped, too. Without offload step() sets
+    them to None itself."""
     if getattr(engine.optimizer, "cpu_offload", False):  # only ZeRO-1 and -2 have the attribute
         for group in engine.optimizer.averaged_gradients:
             engine.optimizer.averaged_gradients[group] = None

@@ -1,15 +1,15 @@
 """Pictures while a run trains: fixed prompts and seeds, the start beside the current model, and
 how a scorer likes them.
 
-    samples/step_000050.png     rows prompts, columns start and now
-    scores.jsonl                {step, scorer, mean, start, win_rate} a line: means over pictures,
-                                the share of them that beat the start's, ties half
+    samples/step_000050.png     one row per prompt, columns for the start and the current model
+    scores.jsonl                {step, scorer, mean, start, win_rate} per line: means over pictures,
+                                and the share of them that beat the start's, ties half
     best.json, best/            the line with the highest mean above the start's, and its model
 
-One picture a prompt says where a run is going, no more; evaluate.py says where it has arrived. A
-toy picture that does not show its caption counts 0, whatever its colours. Lines and pictures of
-steps that a crash undid are replaced as these steps are taken again; what they left in best/ stays
-until then, a model of this run with the score that best.json says.
+One picture per prompt shows the trend of a run; evaluate.py judges the result. A toy picture that
+does not show its caption counts 0, whatever its colours. After a crash, lines and pictures of lost
+steps are replaced when these steps are taken again; until then best/ may hold a model of such a
+step, with the score that best.json says.
 """
 
 import argparse
@@ -48,19 +48,15 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 class Preview:
     def __init__(self, args: argparse.Namespace):
         self.out, self.guidance, self.batch = args.out, args.guidance, args.micro_batch
-        self.prompts, self.name, self.scorer_folder = (
-            read_prompts(args),
-            args.judge,
-            args.scorer_folder,
-        )
-        self.judge = None
+        self.name, self.scorer_folder, self.judge = args.judge, args.scorer_folder, None
+        self.prompts = read_prompts(args)
 
     def draw(self, pipeline, step: int, pause: Callable[[], None]) -> tuple[dict | None, bool]:
-        """(scores, if there is a judge; whether they are the best so far), the same on all ranks.
+        """(scores, or None without a judge; whether they are the best so far), on all ranks.
 
         All ranks draw, since under ZeRO-3 a forward is collective; rank 0 saves and judges. With
-        guidance, a micro-batch of prompts is as many images for the UNet as one of pairs. pause():
-        called by all ranks before each of these; what it raises ends the drawing."""
+        guidance, a micro-batch of prompts has as many images for the UNet as one of pairs. pause()
+        is called by all ranks before each micro-batch; what it raises ends the drawing."""
         images, found, failed = [], (None, False), None
         for i in range(0, len(self.prompts), self.batch):
             pause()
@@ -68,7 +64,7 @@ class Preview:
             seeds = list(range(i, i + len(some)))
             try:
                 images += model.sample(pipeline, some, seeds, STEPS, self.guidance, self.batch)
-            except UserError as error:  # NaN; all ranks go on, for the sake of ZeRO-3
+            except UserError as error:  # NaN; the other ranks draw on, so this one must, too
                 failed = error
         if is_main():
             try:
@@ -77,8 +73,8 @@ class Preview:
                 self.save(step, images)
                 found = self.compare(step, images)
             except (OSError, UserError) as error:
-                words = f"Warning: step {step} lacks pictures or scores ({error})."
-                print0(words, file=sys.stderr)
+                said = f"Warning: step {step} lacks pictures or scores ({error})."
+                print0(said, file=sys.stderr)
         return share(found)
 
     def starts(self) -> list[Path]:
@@ -97,36 +93,36 @@ class Preview:
         picture.save(self.out / "samples" / f"step_{step:06d}.png")
 
     def compare(self, step: int, images: list[Image.Image]) -> tuple[dict | None, bool]:
-        """Score the pictures and the start's; a line of scores.jsonl."""
+        """Score the pictures and the start's, and add a line to scores.jsonl. Returns it, and
+        whether it is the best so far."""
         if not self.name or not all(path.exists() for path in self.starts()):
             return None, False
         now, start = self.score(images), self.score([Image.open(path) for path in self.starts()])
-        line = {
-            "step": step,
-            "scorer": self.name,
-            "mean": float(np.mean(now)),
-            "start": float(np.mean(start)),
-            "win_rate": float(
-                np.mean([(a > b) + 0.5 * (a == b) for a, b in zip(now, start, strict=True)])
-            ),
-        }
+        wins = (now > start).mean() + (now == start).mean() / 2
+        means = {"mean": now.mean(), "start": start.mean(), "win_rate": wins}
+        line = {"step": step, "scorer": self.name, **{k: float(v) for k, v in means.items()}}
         file = self.out / "scores.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
-        lines = [one for one in map(json.loads, lines) if one["step"] < step]  # not undone
+        lines = [one for one in map(json.loads, lines) if one["step"] < step]  # not lost in a crash
         write(file, "".join(json.dumps(one) + "\n" for one in [*lines, line]))
         rivals = [one["mean"] for one in lines if one["scorer"] == self.name]  # --judge may change
         return line, line["mean"] > max([line["start"], *rivals])
 
     def keep(self, line: dict, write_model: Callable[[Path], None]):
-        """Make what write_model(folder) writes best/, of the scores `line`; rank 0.
+        """Let write_model(folder) write best/, and `line` be best.json; rank 0.
 
-        A kill leaves best/ as best.json says it is, or no best.json."""
+        A kill leaves a best/ that fits best.json, or no best.json."""
         folder, file = self.out / "best", self.out / "best.json"
         with replacing(folder) as scratch:
             write_model(scratch)
             file.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
         write(file, json.dumps(line, indent=2) + "\n")
+
+    def best(self) -> dict | None:
+        """What best.json says of best/, where there is one."""
+        file = self.out / "best.json"
+        return json.loads(file.read_text()) if file.exists() else None
 
     def score(self, images: list[Image.Image]) -> np.ndarray:
         self.judge = self.judge or scorers.load(self.name, self.scorer_folder)  # on the CPU

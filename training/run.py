@@ -1,4 +1,4 @@
-"""A run in progress, seen from every rank: metrics, pictures, checkpoints, the model at the end.
+"""A run in progress: metrics, pictures, checkpoints, and the aligned model at the end.
 
 Every method is called by all ranks and is safe there: files are written by rank 0, except for
 checkpoints, whose writing is collective. Randomness is a function of (seed, step), so a checkpoint
@@ -40,12 +40,12 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 class Run:
-    """record: the settings with FROM_INPUTS. facts: of card.py. limit: of skipped steps in a row.
-    stop: knows whether a signal came."""
+    """record: the settings, with FROM_INPUTS. facts: of card.py. limit: how many skipped steps in a
+    row are too many. stop: knows whether a signal came."""
 
     def __init__(self, args: argparse.Namespace, record: dict, facts: dict, limit: int, stop: Stop):
         self.args, self.out, self.record, self.stop = args, args.out, record, stop
-        self.facts, self.code = facts, code_version()  # of the run's first step, once resumed
+        self.facts, self.code = facts, code_version()  # after resume, the code of step 1
         self.bar, self.clock, self.lr = None, time.time(), 0.0
         self.micro, self.broken_pairs, self.pending = [], 0, ""
         self.watch, self.nonfinite = Watch(), NonFiniteSteps(args.out, dist.get_rank(), limit)
@@ -64,9 +64,8 @@ class Run:
         self.nonfinite.note(*pairs, t, err, err_ref, losses)
 
     def log(self, engine, step: int):
-        """Average over micro-steps and ranks; write to file, monitor and bar; say what looks wrong.
-
-        step: the one just taken, from 0. Raises UserError where too many in a row failed."""
+        """Average over micro-steps and ranks; write to file, monitor and bar; warn of what looks
+        wrong. step: the one just taken, from 0. Raises UserError if too many in a row failed."""
         names = list(self.micro[0])
         means = torch.stack([torch.stack([one[name] for name in names]) for one in self.micro])
         means = means.mean(0) / dist.get_world_size()
@@ -153,7 +152,7 @@ class Run:
         self.clock += time.time() - clock  # drawing is not training
 
     def export(self, engine, target: Path):
-        """Write the model as it is, for evaluate.py: a UNet, or the adapters (collective)."""
+        """Write the current model, for evaluate.py: a UNet, or the adapters."""
         clock, weights = time.time(), full_weights(engine)
         if is_main():
             name = str(target.relative_to(self.out))
@@ -180,10 +179,10 @@ class Run:
         return failure
 
     def resume(self, engine) -> int:
-        """Load the newest checkpoint that is whole; its step. Later metrics are dropped.
+        """Load the newest checkpoint that is whole, and drop later metrics. Returns its step, or 0.
 
-        Without one, where the engine has half precision, its fp32 master weights become those of
-        the start in fp32: the engine made them of its own, which are rounded."""
+        Without one, the master weights of an engine in half precision become those of the start in
+        fp32: the engine has made them of its own weights, which are rounded."""
         path, settings = self.out / "checkpoints", folder.result_settings(self.record)
         start = checkpoint.resume(engine, path, settings, folder.result_settings)
         if start:
@@ -202,7 +201,7 @@ class Run:
         return start
 
     def stop_if_asked(self, engine, step: int):
-        """Where SIGTERM or SIGINT came, on any rank: save `step` and leave (collective)."""
+        """Save `step` and exit if SIGTERM or SIGINT has come, on any rank."""
         if signum := self.stop.asked():
             where = "the last checkpoint" if self.save(engine, step) else "there"
             name = signal.Signals(signum).name
@@ -212,8 +211,8 @@ class Run:
     # ----- the end
 
     def finish(self, engine, plan: Plan):
-        """Write curves, cost, model card and the aligned pipeline in fp32. What it has beside the
-        trained weights is read again in fp32, since it is rounded in memory."""
+        """Write curves, cost, model card and the aligned pipeline, all in fp32: the parts of the
+        pipeline that were not trained are read again, since they are rounded in memory."""
         weights, memory = full_weights(engine), peak_memory(engine.device)
 
         @as_os_error()
@@ -240,6 +239,11 @@ class Run:
                 "repeat the command, which continues from the last checkpoint."
             ) from error
         print0(f"Wrote the aligned model to {self.out}.")
+        if best := self.preview.best():
+            print0(
+                f"The model of step {best['step']}, whose pictures {best['scorer']} liked best, is "
+                f"in {self.out / 'best'}."
+            )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -256,8 +260,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def measured(lines: list[dict], device: torch.device, memory: int) -> dict:
-    """The measured part of cost.json. Time is that of the steps alone: without start, sampling and
-    saving, nor steps that were lost with a crash."""
+    """The measured part of cost.json. Its time is that of the steps that count: start, sampling,
+    saving and what a crash lost are left out."""
     seconds, ranks = sum(line["seconds"] for line in lines), dist.get_world_size()
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     spent = {"seconds": seconds, "devices": ranks, "device": name}
@@ -265,10 +269,8 @@ def measured(lines: list[dict], device: torch.device, memory: int) -> dict:
 
 
 def full_weights(engine) -> dict[str, torch.Tensor]:
-    """What was trained, by name: fp32 master weights on the CPU, gathered from all ranks; for full
-    fine-tuning with the buffers.
-
-    Collective, whatever the ZeRO stage; rank 0 has the result."""
+    """What was trained, by name: fp32 master weights on the CPU, gathered from all ranks, and for
+    full fine-tuning the buffers. Collective, whatever the ZeRO stage; rank 0 has the result."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     adapters = lora.attached(engine.module)
@@ -283,7 +285,7 @@ def full_weights(engine) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def as_os_error() -> Iterator[None]:
-    """What safetensors raises of a full disk, an Exception, as the OSError that it is."""
+    """Raise what safetensors raises on a full disk, an Exception, as the OSError that it is."""
     try:
         yield
     except SafetensorError as error:
@@ -294,6 +296,6 @@ def as_os_error() -> Iterator[None]:
 def write_model(unet, weights: dict[str, torch.Tensor], target: Path):
     """A UNet, or its adapters as a LoRA file, in diffusers layout."""
     if lora.attached(unet):
-        lora.save(weights, unet.peft_config["default"], target)
+        lora.save(weights, unet.peft_config[lora.NAME], target)
     else:
         model.save_unet(dict(unet.config), weights, target)
