@@ -679,6 +679,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(real, tmp_path):
 
 TWICE = """
 import os, sys, evaluate
+from system import processes
 argv = [*sys.argv[1:], "--local_rank=" + os.environ["RANK"]]
 try:
     evaluate.main([*argv, "--base", "nowhere"])  # found by rank 0 alone
@@ -687,6 +688,7 @@ except SystemExit as stop:
     print("refused", file=sys.stderr)
 os.environ["MASTER_PORT"] = os.environ["NEXT"]
 evaluate.main(argv)
+assert not processes.dist.is_initialized() and not processes.patient_group.cache_info().currsize
 """
 
 
