@@ -1,7 +1,6 @@
 """The embedded default: captioned shapes and the hidden preference between pictures of them.
 
     python toy.py pairs --out out/toy/pairs --n 2048     # preference pairs, Pick-a-Pic v2 columns
-    python toy.py samples --model assets/tiny-sdxl       # a picture: what the model draws
 
 A picture shows one shape on a plain background, as its caption says. Its *quality*, how saturated
 and how sharp it is, is drawn independently of the caption and never mentioned there. The hidden
@@ -9,15 +8,16 @@ preference is that quality, so the right answer of every comparison is known exa
 whether the shape and the colour are those of the caption, is a second exact function of the
 picture, and alignment must not harm it."""
 
-import argparse
 import functools
 import io
 import math
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from system.files import replacing
+from system.program import HelpFormatter, Parser, reported
 
 # -------------------------------------------------------------------------------------------------
 # Prompts: 6 colours x 4 shapes x 3 backgrounds = 72, of which every fourth is kept from alignment.
@@ -211,10 +211,8 @@ def faithfulness(image: Image.Image, caption: str) -> float:
 # Preference pairs, in the columns of Pick-a-Pic v2.
 
 
-def write_pairs(
-    folder: str | Path, n: int, seed: int = 0, split: str = "train", tie: float = 0.02
-) -> Path:
-    """Write n pairs to folder/pairs.parquet: two drawings of one caption, judged by the hidden
+def write_pairs(path: Path, n: int, seed: int = 0, split: str = "train", tie: float = 0.02) -> Path:
+    """Write n pairs to a parquet file: two drawings of one caption, judged by the hidden
     preference.
 
     jpg_0, jpg_1: encoded bytes (PNG, so that JPEG does not blur what is judged). label_0: 1.0 where
@@ -234,60 +232,41 @@ def write_pairs(
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
             columns[f"jpg_{i}"].append(buffer.getvalue())
-    path = Path(folder) / "pairs.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path)
+    with replacing(path) as scratch:
+        pq.write_table(pa.table(columns), scratch)
     return path
 
 
 def write_pairs_once(folder: str | Path, n: int, seed: int = 0) -> Path:
-    """write_pairs, unless they are there. Ranks may race: each writes its own file, and the rename
-    is atomic."""
+    """write_pairs, unless the file is there. Several ranks may write it at the same time."""
     path = Path(folder) / f"{n}-pairs-seed-{seed}.parquet"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            write_pairs(scratch, n, seed).rename(path)
-    return path
+    return path if path.exists() else write_pairs(path, n, seed)
 
 
 # -------------------------------------------------------------------------------------------------
 # Command line.
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None):
+    parser = Parser("toy.py", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    pairs = commands.add_parser("pairs", help="write preference pairs as a parquet file")
-    pairs.add_argument("--out", default="out/toy", help="folder (default: out/toy)")
-    pairs.add_argument("--n", type=int, default=2048, help="pairs, with ties (default: 2048)")
-    pairs.add_argument("--seed", type=int, default=0, help="default: 0")
-    samples = commands.add_parser("samples", help="draw every caption once and save the picture")
-    samples.add_argument("--model", default="tiny", help="pipeline (default: tiny)")
-    samples.add_argument("--out", default="out/samples.png", help="default: out/samples.png")
-    samples.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
-    args = parser.parse_args()
-    if args.command == "pairs":
-        print(f"Wrote {write_pairs(args.out, args.n, args.seed)}.")
-    else:
-        draw_samples(args.model, args.out, args.seed)
-
-
-def draw_samples(name: str, out: str, seed: int):
-    import model
-    from evaluation import figures
-
-    captions = prompts()
-    seeds = list(range(seed, seed + len(captions)))
-    pipeline = model.load_pipeline(name)
-    images = model.sample(pipeline, captions, seeds, 25, 2.0, progress="samples")
-    right = np.mean([faithfulness(i, c) for i, c in zip(images, captions, strict=True)])
-    rows = [images[i : i + 12] for i in range(0, len(images), 12)]
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figures.grid(rows, list(HUES)).save(out)
-    print(f"Wrote {out}; {right:.1%} show the colour and the shape of their caption.")
+    pairs = commands.add_parser(
+        "pairs", help="write preference pairs as a parquet file", formatter_class=HelpFormatter
+    )
+    add = pairs.add_argument
+    add(
+        "--out",
+        type=Path,
+        default="out/toy",
+        metavar="FOLDER",
+        help="where pairs.parquet is written",
+    )
+    add("--n", type=int, default=2048, help="pairs, with ties")
+    add("--seed", type=int, default=0, help="of everything random")
+    args = parser.parse_args(argv)
+    with reported("toy.py"):
+        print(f"Wrote {write_pairs(args.out / 'pairs.parquet', args.n, args.seed)}.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Kill a run again and again, at random instants, and compare it with an undisturbed one.
 
-    python chaos.py --kills 20 --out out/chaos      # make chaos: writes docs/reliability.md
+    python -m lab.chaos --kills 20 --out out/chaos      # make chaos: writes docs/reliability.md
 
 Both runs have the same flags. The disturbed one is killed with SIGKILL, all ranks at once or one of
 them, or stopped with SIGTERM to one rank; then the same command is given again, until it finishes.
@@ -22,14 +22,32 @@ import time
 from datetime import date
 from pathlib import Path
 
+from system.files import ROOT, UserError, write
+from system.program import Parser, reported
+
+FLAGS = "--model tiny --steps 40 --batch 4 --micro-batch 2 --checkpoint-every 1 --sample-every 20"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("lab.chaos", __doc__)
+    add = parser.add_argument
+    add("--kills", type=int, default=20, metavar="N", help="how often the run is killed or stopped")
+    add("--ranks", type=int, default=2, metavar="N", help="processes of each run")
+    add("--seed", type=int, default=0, help="of the instants")
+    add("--flags", default=FLAGS, help="of train_inpo.py")
+    add("--out", type=Path, default=Path("out/chaos"), metavar="FOLDER", help="of both runs")
+    add("--report", type=Path, metavar="FILE", help="where to write docs/reliability.md")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse()  # answers --help and wrong flags before the imports below, which take seconds
+
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from system.files import ROOT, UserError
-from system.program import HelpFormatter
 from training.folder import read_metrics
 
-FLAGS = "--model tiny --steps 40 --batch 4 --micro-batch 2 --checkpoint-every 1 --sample-every 20"
 KINDS = {
     "SIGKILL, all ranks": (signal.SIGKILL, True),
     "SIGKILL, one rank": (signal.SIGKILL, False),
@@ -72,7 +90,7 @@ def step_of(out: Path) -> int:
 
 
 def disturb(children, out: Path, name: str, span: float, dice: random.Random) -> dict | None:
-    """Kill while it starts, trains or saves, at a random instant; None if it ended earlier."""
+    """Kill a run that starts, trains or saves, at a random instant; None where it ended earlier."""
     before, since = step_of(out), time.time()
     place = dice.choices(("start", "step", "saving"), (0.15, 0.35, 0.5))[0]
 
@@ -123,8 +141,9 @@ def equal(a: Path, b: Path) -> bool:
 def chaos(
     flags: list[str], folder: Path, kills: int, ranks: int = 2, seed: int = 0, span: float = 2.0
 ) -> list[dict]:
-    """Run undisturbed, then with so many kills; what was done. span: seconds after a step within
-    which a kill comes. Raises UserError."""
+    """Train undisturbed, then with this many kills; returns what each kill did. Raises UserError.
+
+    span: a kill comes within this many seconds after a step."""
     calm, storm, dice, done = folder / "calm", folder / "storm", random.Random(seed), []
     for out in (calm, storm):
         shutil.rmtree(out, ignore_errors=True)
@@ -159,7 +178,7 @@ def report(done: list[dict], args: argparse.Namespace, seconds: float) -> str:
             "# A run that is killed again and again ends with the same weights",
             "",
             "```",
-            f"python chaos.py --kills {args.kills} --ranks {args.ranks} --seed {args.seed}",
+            f"python -m lab.chaos --kills {args.kills} --ranks {args.ranks} --seed {args.seed}",
             "```",
             "",
             f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), no GPU, "
@@ -188,25 +207,13 @@ def report(done: list[dict], args: argparse.Namespace, seconds: float) -> str:
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("--kills", type=int, default=20, metavar="N")
-    add("--ranks", type=int, default=2, metavar="N", help="processes")
-    add("--seed", type=int, default=0, help="of the instants")
-    add("--flags", default=FLAGS, help="of train_inpo.py")
-    add("--out", type=Path, default=Path("out/chaos"), metavar="FOLDER")
-    add("--report", type=Path, metavar="FILE", help="where to write docs/reliability.md")
-    args = parser.parse_args(argv)
-    since = time.time()
-    try:
+    args, since = parse(argv), time.time()
+    with reported("lab.chaos"):
         done = chaos(args.flags.split(), args.out, args.kills, args.ranks, args.seed)
-    except UserError as error:
-        print(f"chaos.py: error: {error}", file=sys.stderr)
-        sys.exit(1)
     text = report(done, args, time.time() - since)
-    (args.out / "kills.json").write_text(json.dumps(done, indent=1) + "\n")
+    write(args.out / "kills.json", json.dumps(done, indent=1) + "\n")
     if args.report:
-        args.report.write_text(text)
+        write(args.report, text)
     print(text)
 
 

@@ -1,13 +1,27 @@
 """Pretrain the embedded model: SDXL's architecture in small, on the captioned shapes of toy.py.
 
-    python pretrain.py --out assets/tiny-sdxl        # under an hour on two cores
+    python -m lab.pretrain --out assets/tiny-sdxl        # under an hour on two cores with bf16
 
-Two text encoders, pooled text, time ids, KL-VAE and cross-attention UNet, so that everything that
-is written for SDXL runs on it; only the weights are few."""
+It has two text encoders, pooled text, time ids, a KL-VAE and a cross-attention UNet, so that
+everything that is written for SDXL runs on it; only the weights are few."""
 
 import argparse
 import json
 from pathlib import Path
+
+from system.program import Parser, reported
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("lab.pretrain", __doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("assets/tiny-sdxl"), metavar="FOLDER", help="of the model")
+    add("--seed", type=int, default=0, help="of everything random")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse()  # answers --help and wrong flags before the imports below, which take seconds
 
 import diffusers
 import numpy as np
@@ -114,6 +128,8 @@ def build_pipeline(folder: Path) -> diffusers.StableDiffusionXLPipeline:
 # -------------------------------------------------------------------------------------------------
 # Training.
 
+BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # where a CPU emulates it, fp32 is much faster
+
 
 def train_vae(vae, images, steps: int, batch: int = 16, lr: float = 1.5e-3):
     """Reconstruct pixels (L1 and L2), colour and edges, with a light KL to N(0, I).
@@ -125,7 +141,7 @@ def train_vae(vae, images, steps: int, batch: int = 16, lr: float = 1.5e-3):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     for _ in (bar := tqdm(range(steps), desc="VAE")):
         x = images[torch.randint(len(images), (batch,))]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample.float()
         error = y - x
@@ -166,7 +182,7 @@ def train_unet(
         signal = abar[t].view(-1, 1, 1, 1)
         xt = signal.sqrt() * x0 + (1 - signal).sqrt() * noise
         keep = (torch.rand(batch) >= 0.1).float().unsqueeze(1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
             words = ids[index[rows]]
             first = pipeline.text_encoder(words, output_hidden_states=True)
             second = pipeline.text_encoder_2(words, output_hidden_states=True)
@@ -214,11 +230,11 @@ def pretrain(
     model.write_pipeline(pipeline, folder)
 
 
+def main(argv: list[str] | None = None):
+    args = parse(argv)
+    with reported("lab.pretrain"):
+        pretrain(args.out, args.seed)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", default="assets/tiny-sdxl", help="folder (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
-    args = parser.parse_args()
-    pretrain(args.out, args.seed)
+    main()

@@ -1,17 +1,14 @@
 """Studies in miniature: train many variants of the tiny model, measure them on the way, compare.
 
-    python study.py table       # SFT, DPO, KTO and InPO, three seeds each      (make table)
-    python study.py tune        # the settings that were tried for each method  (make tune)
-    python study.py ablation    # what the parts of InPO do                     (make ablation)
+    python -m lab.study table       # SFT, DPO, KTO and InPO, three seeds each      (make table)
+    python -m lab.study tune        # the settings that were tried for each method  (make tune)
+    python -m lab.study ablation    # what the parts of InPO do                     (make ablation)
 
-The same command again continues, runs that are done are kept. A variant is a line of train_inpo.py;
-in `table` and `tune` all take the same number of UNet calls (as training/budget.py counts them), in
-`ablation` the same number of optimizer steps. On the way each is judged, on captions that alignment
-never saw, against the model that it started from:
-
-    preference      the toy's hidden preference, whose pairs it was trained on; exact (toy.py)
-    faithfulness    share of images with the colour and the shape of the caption; exact
-    drift           mean squared difference of predicted noise, on held-out drawings, all timesteps
+The same command continues a study; runs that are done are kept. A variant is a line of
+train_inpo.py. In `table` and `tune` all variants take the same number of UNet calls
+(training/budget.py), in `ablation` the same number of optimizer steps. lab/measure.py judges each
+on the way, on captions that alignment never saw, against the model that it started from: by the
+hidden preference, by faithfulness to the caption, and by drift, how far it has moved.
 
 Any method wins more by moving further. Compare them where they have moved equally far.
 """
@@ -23,30 +20,41 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-import model
-import toy
-from evaluation import figures
-from invert import add_noise, randn_like
-from lab import report
-from system import hub
-from system.files import ROOT, UserError
-from system.program import HelpFormatter
-from training import budget
-from training.flags import parse
-from training.folder import read_metrics
-from training.recipes import recipe_of
+from system.files import ROOT, UserError, write
+from system.program import Parser, reported
 
 CORES = len(os.sched_getaffinity(0))
-STEPS, GUIDANCE = 15, 2.0  # of sampling
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("lab.study", __doc__)
+    add = parser.add_argument
+    add("study", choices=("table", "tune", "ablation"), help="what is trained and compared")
+    add("--out", type=Path, metavar="FOLDER", help="of runs and results (default: out/STUDY)")
+    add("--jobs", type=int, default=CORES, metavar="N", help="runs at a time")
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("out", args.study)
+    if args.jobs < 1:
+        parser.error("--jobs must be at least 1.")
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # answers --help and wrong flags before the imports below, which take seconds
+
+from tqdm import tqdm
+
+import toy
+from evaluation import figures
+from lab import measure, report
+from training import budget
+from training.flags import parse as parse_training
+from training.folder import read_metrics
+from training.recipes import recipe_of
 
 # -------------------------------------------------------------------------------------------------
 # What is run.
@@ -131,78 +139,20 @@ def ablation_study() -> Study:
 STUDIES = {"table": table_study, "tune": tune_study, "ablation": ablation_study}
 
 # -------------------------------------------------------------------------------------------------
-# Judging one run's folder: each exported UNet, once.
-
-
-def held_out(pipeline, count: int = 72) -> tuple[torch.Tensor, dict, torch.Tensor, torch.Tensor]:
-    """(xt, cond, t, abar) of held-out drawings with forward noise, t evenly spaced over 0..999 in
-    random order; the same in every process. xt: (B, C, h, w), t: (B,), abar: (T,), B = count."""
-    captions = (toy.prompts("heldout") * count)[:count]
-    rng, noise = np.random.default_rng(7), torch.Generator().manual_seed(7)
-    pixels = np.stack([np.asarray(toy.draw(caption, rng), np.float32) for caption in captions])
-    pixels = torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2)
-    seeds = [torch.Generator().manual_seed(k) for k in range(count)]
-    x0 = model.encode_images(pipeline, pixels, seeds)
-    t = (torch.arange(count) * 1000 // count)[torch.randperm(count, generator=noise)]
-    abar = model.alphas_cumprod(pipeline)
-    xt = add_noise(x0, randn_like(x0, noise), abar[t])
-    return xt, model.encode_prompts(pipeline, captions, toy.SIZE), t, abar
-
-
-@torch.no_grad()
-def judge(pipeline, unet, images: int, folder: Path | None = None) -> dict:
-    """Scores of a UNet put into the pipeline, image k of prompt k mod P from seed k; the drift from
-    the pipeline's own UNet. The first image of each prompt is kept in folder."""
-    prompts = toy.prompts("heldout")
-    xt, cond, t, abar = held_out(pipeline)
-    both = [model.predict_noise(u, xt, t, cond, abar) for u in (pipeline.unet, unet)]
-    base = pipeline.unet
-    pipeline.register_modules(unet=unet)
-    texts = prompts * images
-    drawn = model.sample(pipeline, texts, list(range(len(texts))), STEPS, GUIDANCE)
-    pipeline.register_modules(unet=base)
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        for k in range(len(prompts)):
-            drawn[k].save(folder / f"{k:05d}.png")
-    return {
-        "preference": [round(toy.preference(image), 6) for image in drawn],
-        "faithfulness": [toy.faithfulness(*pair) for pair in zip(drawn, texts, strict=True)],
-        "drift": (both[1] - both[0]).square().mean().item(),
-    }
-
-
-def measure(folder: Path, images: int, steps: list[int] | None = None):
-    """Write folder/measured.json, {images, steps: {step: judge(...)}}, for the UNets of these steps
-    in unets/, or of all; where there is none, for the start, as step 0."""
-    file = folder / "measured.json"
-    measured = json.loads(file.read_text()) if file.exists() else {}
-    if measured.get("images") != images:
-        measured = {"images": images, "steps": {}}
-    pipeline = model.load_pipeline("tiny")
-    exports = {str(int(path.name[5:])): path for path in sorted(folder.glob("unets/step_*"))}
-    for step, path in (exports or {"0": hub.PRESETS["tiny"]}).items():
-        if step not in measured["steps"] and (steps is None or int(step) in steps):
-            kept = folder / "images" / f"step_{int(step):06d}"
-            measured["steps"][step] = judge(pipeline, model.load_unet(str(path)), images, kept)
-            scratch = file.with_suffix(".new")
-            scratch.write_text(json.dumps(measured))
-            scratch.replace(file)
-
-
-# -------------------------------------------------------------------------------------------------
-# Running them: each in its own process, as many at a time as there are cores.
+# Running the variants: each in processes of its own, as many at a time as there are cores.
 
 
 @dataclass(frozen=True)
 class Job:
+    """A variant trained from a seed, and judged; its folder says how much of that is done."""
+
     variant: Variant | None  # None: the base, which is only judged
     seed: int
     images: int
     folder: Path
 
     def calls_per_step(self) -> float:
-        asked = parse("", self.commands()[0][1:])
+        asked = parse_training("", self.commands()[0][1:])
         cells = range(asked.inversion_steps or asked.strata)
         return budget.unet_calls(asked.method, asked.batch, cells)
 
@@ -211,13 +161,14 @@ class Job:
 
     def judging(self) -> int:
         """UNet calls of one judgement."""
-        return self.images * len(toy.prompts("heldout")) * STEPS * 2
+        return self.images * len(toy.prompts("heldout")) * measure.STEPS * 2
 
     def calls(self) -> float:
-        """UNet calls in all, the unit of the progress bar."""
+        """UNet calls of training and judging, the unit of the progress bar."""
         return self.spent(self.judged()[-1], len(self.judged()))
 
     def done(self) -> float:
+        """The part of them that lies in the folder."""
         trained, judged = len(read_metrics(self.folder)), 0
         file = self.folder / "measured.json"
         if file.exists():
@@ -227,11 +178,13 @@ class Job:
         return self.spent(trained, judged)
 
     def spent(self, steps: int, judgements: int) -> float:
-        return (self.calls_per_step() * steps if steps else 0) + judgements * self.judging()
+        training = steps * self.calls_per_step() if steps else 0
+        return training + judgements * self.judging()
 
     def commands(self) -> list[list[str]]:
-        judge = ["-m", "lab.study", "measure", str(self.folder), "--images", str(self.images)]
-        judge += ["--steps", *map(str, self.judged())]
+        """What Python is to run, one after the other."""
+        judge = ["-m", "lab.measure", str(self.folder), "--images", str(self.images)]
+        judge += ["--exports", *map(str, self.judged())]
         if self.variant is None:
             return [judge]
         every = math.gcd(*self.variant.judged[:-1]) or self.variant.steps  # after the last, too
@@ -254,11 +207,11 @@ def jobs_of(study: Study, out: Path) -> list[Job]:
     return [Job(None, 0, study.images, out / "runs" / f"base-{study.images}"), *trained]
 
 
-children: set[subprocess.Popen] = set()  # commands under way, ended with this process
+children: set[subprocess.Popen] = set()  # they run now, and end with this process
 
 
 def run_job(job: Job, threads: int):
-    """Train and judge; raises UserError with the log's last line where a command fails."""
+    """Train and judge. Raises UserError with the log's last line where a command fails."""
     if job.done() >= job.calls():
         return
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -277,22 +230,23 @@ def run_job(job: Job, threads: int):
 
 
 def run_all(jobs: list[Job], at_once: int):
-    """All jobs, with a progress bar in UNet calls. Where one fails, or on Ctrl-C or SIGTERM, those
-    under way are stopped; they continue from their last checkpoint when run again."""
+    """Run all jobs, with a progress bar in UNet calls. Raises UserError for the first that fails.
+
+    Where one fails, and on Ctrl-C or SIGTERM, the others are stopped. The same command continues
+    them from their last checkpoints."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     threads, total = max(1, CORES // at_once), sum(job.calls() for job in jobs)
     start = round(sum(job.done() for job in jobs))
     bar = tqdm(total=round(total), initial=start, unit="call", unit_scale=True, desc="UNet calls")
     with bar, ThreadPoolExecutor(at_once) as pool:
-        running = [pool.submit(run_job, job, threads) for job in jobs]
+        going = [pool.submit(run_job, job, threads) for job in jobs]
         try:
-            while not all(future.done() for future in running):
-                time.sleep(2)
-                bar.set_postfix(runs=f"{sum(f.done() for f in running)} of {len(running)}")
+            while going:
+                ended, going = wait(going, timeout=2, return_when=FIRST_EXCEPTION)
+                for future in ended:
+                    future.result()  # raises what the run raised
+                bar.set_postfix(runs=f"{len(jobs) - len(going)} of {len(jobs)}")
                 bar.update(round(sum(job.done() for job in jobs)) - bar.n)
-                failed = [f for f in running if f.done() and f.exception()]
-                if failed:
-                    raise failed[0].exception()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in list(children):
@@ -301,8 +255,8 @@ def run_all(jobs: list[Job], at_once: int):
 
 
 def records(study: Study, jobs: list[Job]) -> list[dict]:
-    """One entry per judgement: variant, seed, step, UNet calls so far, and its scores; the base has
-    variant "base"."""
+    """One entry per judgement: variant, seed, step, UNet calls up to it, and its scores. The base
+    is the variant "base"."""
     found = []
     for job in jobs:
         measured = json.loads((job.folder / "measured.json").read_text())["steps"]
@@ -321,8 +275,13 @@ def records(study: Study, jobs: list[Job]) -> list[dict]:
 TRADE = [("drift", "preference"), ("preference", "faithfulness")]  # what is gained, and its price
 
 
+def seeds_of(results: report.Results) -> str:
+    return f"training seeds {', '.join(map(str, results.seeds))}"
+
+
 def write_table(results: report.Results, jobs: list[Job], out: Path) -> str:
-    columns = {"after 60 steps": 60, "at equal compute": -1}
+    shortest = min(results.steps(name)[-1] for name in results.variants)
+    columns = {f"after {shortest} steps": shortest, "at equal compute": -1}
     costs = {name: [] for name in results.variants}
     shown = {"base": jobs[0].folder / "images" / "step_000000"}
     for job in jobs[1:]:
@@ -332,11 +291,11 @@ def write_table(results: report.Results, jobs: list[Job], out: Path) -> str:
             shown[job.variant.name] = job.folder / "images" / last
     axes = [("step", "wins"), ("step", "preference"), ("calls", "wins"), ("calls", "preference")]
     panels = report.panels(results, results.variants, axes + TRADE)
-    figures.trajectories(panels, out / "table.png", "The tiny model, three training seeds a method")
+    figures.trajectories(panels, out / "table.png", f"The tiny model, {seeds_of(results)}")
     report.samples(shown, toy.prompts("heldout"), out / "samples.png")
     parts = {
         "Wins on the hidden preference": report.wins_table(results, columns),
-        "Scores after 60 steps": report.scores_table(results, 60),
+        f"Scores after {shortest} steps": report.scores_table(results, shortest),
         "Scores at equal compute": report.scores_table(results),
         "Where all have moved equally far": report.matched_table(results, results.variants),
         "Training cost, at equal compute": report.cost_table(costs),
@@ -345,8 +304,9 @@ def write_table(results: report.Results, jobs: list[Job], out: Path) -> str:
 
 
 def write_groups(results: report.Results, jobs: list[Job], out: Path, common: list[str]) -> str:
-    """A table and panels for each group of variants, each with the common ones before its own; with
-    common ones also what is left where all have moved equally far."""
+    """A table and panels for each group of variants, with the common variants before its own.
+
+    Where there are common ones, a second table shows scores where all have moved equally far."""
     groups, panels, text = {}, [], ""
     for job in jobs[1:]:
         if job.variant.group and job.seed == results.seeds[0]:
@@ -357,7 +317,7 @@ def write_groups(results: report.Results, jobs: list[Job], out: Path, common: li
         text += f"## {heading}\n\n{report.scores_table(results, -1, names)}\n"
         if common:  # among variants of one recipe
             text += f"{report.matched_table(results, names)}\n"
-    title = f"Variants of the tiny model, training seeds {', '.join(map(str, results.seeds))}"
+    title = f"Variants of the tiny model, {seeds_of(results)}"
     figures.trajectories(panels, out.with_suffix(".png"), title)
     return text
 
@@ -377,41 +337,19 @@ WRITERS = {"table": write_table, "tune": write_tune, "ablation": write_ablation}
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in STUDIES:
-        add = commands.add_parser(name, formatter_class=HelpFormatter).add_argument
-        add("--out", type=Path, default=Path("out", name), help="folder of runs and results")
-        add("--jobs", type=int, default=CORES, help="runs at a time")
-    add = commands.add_parser("measure", formatter_class=HelpFormatter).add_argument
-    add("folder", type=Path, help="a run of train_inpo.py with --export-every")
-    add("--images", type=int, default=8, help="per prompt")
-    add("--steps", type=int, nargs="+", help="exports to judge (default: all)")
-    args = parser.parse_args(argv)
-    if min(vars(args).get("jobs", 1), vars(args).get("images", 1)) < 1:
-        parser.error("--jobs and --images must be at least 1.")
-    if args.command == "measure":
-        if args.steps != [0] and not any(args.folder.glob("unets/step_*")):
-            parser.error(f"{args.folder} has no unets/step_*; train with --export-every.")
-        return measure(args.folder, args.images, args.steps)
-    study = STUDIES[args.command]()
+    args = parse(argv)
+    study = STUDIES[args.study]()
     jobs = jobs_of(study, args.out)
-    try:
+    with reported("lab.study"):
         run_all(jobs, args.jobs)
-    except UserError as error:
-        parser.exit(2, f"study.py: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\nstudy.py: stopped; the same command continues.\n")
-    prompts = toy.prompts("heldout") * study.images
-    found = records(study, jobs)
-    results = report.Results(found, prompts)
-    text = WRITERS[args.command](results, jobs, args.out)
-    (args.out / "judgements.json").write_text(json.dumps(found))
-    (args.out / f"{args.command}.md").write_text(text)
-    wins = report.all_wins(results)
-    (args.out / f"{args.command}.json").write_text(json.dumps(wins, indent=1) + "\n")
+    judgements = records(study, jobs)
+    results = report.Results(judgements, toy.prompts("heldout") * study.images)
+    text, wins = WRITERS[args.study](results, jobs, args.out), report.all_wins(results)
+    write(args.out / "judgements.json", json.dumps(judgements))
+    write(args.out / f"{args.study}.md", text)
+    write(args.out / f"{args.study}.json", json.dumps(wins, indent=1) + "\n")
     print(text)
-    committed = ROOT / "docs" / f"{args.command}.json"
+    committed = ROOT / "docs" / f"{args.study}.json"
     if committed.exists():
         print(report.compare(wins, json.loads(committed.read_text()), f"docs/{committed.name}"))
 

@@ -151,7 +151,7 @@ def test_reading_decodes_nothing_and_maps_the_file(tmp_path, monkeypatch):
 
 def test_hidden_preference_of_the_toy_agrees_with_its_pairs(tmp_path):
     toy = pytest.importorskip("toy")
-    dataset = read_pairs(str(toy.write_pairs(tmp_path, 8, seed=1).parent))
+    dataset = read_pairs(str(toy.write_pairs(tmp_path / "pairs.parquet", 8, seed=1)))
     pairs = Pairs(dataset, toy.SIZE, seed=0, flip=False)
     for n in range(len(pairs)):
         item = pairs[n]

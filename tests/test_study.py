@@ -1,16 +1,17 @@
-"""Laws of study.py and report.py: equal work, jobs that continue, and what tables say."""
+"""Laws of study.py, measure.py and report.py: equal work, jobs that continue, what tables say."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import model
 import toy
 from evaluation import figures
-from lab import report, study
+from lab import measure, report, study
 from system.files import UserError
 from training import plan
 from training.flags import parse
@@ -26,6 +27,11 @@ PROMPTS = toy.prompts("heldout")
 def test_commands_of_a_study_are_understood_and_folders_differ(name, tmp_path):
     jobs = study.jobs_of(study.STUDIES[name](), tmp_path)
     assert len({job.folder for job in jobs}) == len(jobs)
+    for job in jobs:
+        args = measure.parse(job.commands()[-1][2:])
+        assert (args.folder, args.images, tuple(args.exports)) == (
+            job.folder, job.images, job.judged()
+        )  # fmt: skip
     for job in jobs[1:]:
         words = job.commands()[0]
         args = parse("", words[1:])
@@ -64,59 +70,152 @@ def test_ablation_changes_one_thing_at_a_time():
 
 
 # -------------------------------------------------------------------------------------------------
-# Running and judging.
+# Running.
+
+TRAIN = """
+import json, pathlib, sys
+folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+lines = [json.dumps({"step": k + 1}) + chr(10) for k in range(steps)]
+folder.joinpath("metrics.jsonl").write_text("".join(lines))
+print("trained")
+"""
+MEASURE = """
+import json, pathlib, sys
+score = {"preference": [0.5] * 18, "faithfulness": [1.0] * 18, "drift": 0.1}
+measured = {"images": 1, "steps": dict.fromkeys(sys.argv[2:], score)}
+pathlib.Path(sys.argv[1], "measured.json").write_text(json.dumps(measured))
+print("judged")
+"""
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """A study of two short runs, done: (study, jobs)."""
+@pytest.fixture
+def jobs(tmp_path, monkeypatch):
+    """The base and two variants, whose commands do in no time what training and judging leave."""
+
+    def commands(job):
+        judge = ["-c", MEASURE, str(job.folder), *map(str, job.judged())]
+        if job.variant is None:
+            return [judge]
+        train = job.variant.flags or TRAIN
+        return [["-c", train, str(job.folder), str(job.variant.steps)], judge]
+
+    monkeypatch.setattr(study.Job, "commands", commands)
+    monkeypatch.setattr(study.Job, "calls_per_step", lambda job: 10)
+    variants = [study.Variant("a", "", (2, 3)), study.Variant("b", "", (1,))]
+    return study.jobs_of(study.Study(variants, [0], images=1), tmp_path)
+
+
+def test_a_study_trains_and_judges_and_keeps_what_is_done(jobs):
+    assert [job.done() for job in jobs] == [0, 0, 0]
+    study.run_all(jobs, 2)
+    assert [job.done() for job in jobs] == [job.calls() for job in jobs]
+    assert jobs[1].calls() == 3 * 10 + 2 * jobs[0].calls() and jobs[0].calls() == 18 * 15 * 2
+    found = study.records(None, jobs)
+    points = [(j["variant"], j["step"], j["calls"]) for j in found]
+    assert points == [("base", 0, 0), ("a", 2, 20), ("a", 3, 30), ("b", 1, 10)]
+    assert found[1]["drift"] == 0.1
+
+    file = jobs[1].folder / "measured.json"
+    measured = json.loads(file.read_text())
+    del measured["steps"]["3"]  # as if it had been stopped there
+    file.write_text(json.dumps(measured))
+    assert jobs[1].done() == jobs[1].calls() - jobs[0].calls()
+    study.run_all(jobs, 2)
+    logs = [job.folder.with_suffix(".log").read_text().split() for job in jobs]
+    assert logs == [["judged"], ["trained", "judged"] * 2, ["trained", "judged"]]
+
+
+def test_a_run_that_fails_is_named_with_its_log_and_the_others_are_stopped(jobs, tmp_path):
+    wrong = "import time; time.sleep(1); print('first'); exit('--eta: has no meaning')"
+    variants = [study.Variant("endless", "import time; time.sleep(300)", (1,))]
+    variants += [study.Variant("wrong", wrong, (1,))]
+    jobs = study.jobs_of(study.Study(variants, [0], 1), tmp_path)
+    with pytest.raises(UserError, match=r"failed: --eta: has no meaning \(see .*wrong-seed-0\.log"):
+        study.run_all(jobs[1:], 2)
+    assert not study.children
+
+
+def test_the_command_line_writes_what_it_prints(jobs, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(study.STUDIES, "tune", lambda: study.Study([], [0], 1))
+    monkeypatch.setattr(study, "jobs_of", lambda *_: jobs)
+    monkeypatch.setitem(study.WRITERS, "tune", lambda results, jobs, out: "a page\n")
+    study.main(["tune", "--out", str(tmp_path), "--jobs", "2"])
+    assert (tmp_path / "tune.md").read_text() == "a page\n"
+    assert "a page" in capsys.readouterr().out
+    wins = json.loads((tmp_path / "tune.json").read_text())
+    pairs = [(w["model"], w["against"]) for w in wins]
+    assert pairs == [("a", "base"), ("b", "base"), ("b", "a")]
+    assert len(json.loads((tmp_path / "judgements.json").read_text())) == 4
+
+
+@pytest.mark.slow
+def test_a_real_study_from_training_to_its_page(monkeypatch, tmp_path):
     size = "--batch 2 --micro-batch 2"
     variants = [
         study.Variant("short InPO", f"--method inpo --inversion-steps 2 {size}", (2, 3)),
-        study.Variant("short SFT", f"--method sft {size}", (1,)),
+        study.Variant("short SFT", f"--method sft {size}", (3, 4)),
     ]
-    small = study.Study(variants, [0], images=1)
-    jobs = study.jobs_of(small, tmp_path_factory.mktemp("study"))
-    study.run_all(jobs, 2)
-    return small, jobs
+    monkeypatch.setitem(study.STUDIES, "table", lambda: study.Study(variants, [0], images=1))
+    study.main(["table", "--out", str(tmp_path), "--jobs", "2"])
+    found = json.loads((tmp_path / "judgements.json").read_text())
+    assert [(j["variant"], j["step"]) for j in found] == [
+        ("base", 0), ("short InPO", 2), ("short InPO", 3), ("short SFT", 3), ("short SFT", 4)
+    ]  # fmt: skip
+    assert found[0]["drift"] == 0 and all(0 < j["drift"] < 1e-3 for j in found[1:])
+    text = (tmp_path / "table.md").read_text()
+    assert "## Scores after 3 steps" in text and "| short SFT | 4 |" in text
+    assert (tmp_path / "table.png").exists() and (tmp_path / "samples.png").exists()
 
 
-def test_a_study_judges_the_base_and_every_export(ran):
-    small, jobs = ran
-    found = study.records(small, jobs)
-    points = [(j["variant"], j["step"]) for j in found]
-    assert points == [("base", 0), ("short InPO", 2), ("short InPO", 3), ("short SFT", 1)]
-    assert found[0]["drift"] == 0
-    assert 0 < found[1]["drift"] < 1e-3
-    for judgement in found:
-        assert len(judgement["preference"]) == len(judgement["faithfulness"]) == 18
-    image = Image.open(jobs[0].folder / "images/step_000000/00003.png")
-    assert found[0]["preference"][3] == pytest.approx(toy.preference(image), abs=1e-6)
-    assert found[0]["faithfulness"][3] == toy.faithfulness(image, PROMPTS[3])
+# -------------------------------------------------------------------------------------------------
+# Judging.
 
 
-def test_what_is_done_is_kept_and_counted(ran):
-    small, jobs = ran
-    for job in jobs[:1]:
-        assert job.done() == job.calls()
-    files = [job.folder / "measured.json" for job in jobs]
-    before = [file.stat().st_mtime_ns for file in files]
-    study.run_all(jobs[:1], 2)
-    study.measure(jobs[1].folder, 1)
-    assert [file.stat().st_mtime_ns for file in files] == before
-    measured = json.loads(files[1].read_text())
-    del measured["steps"]["3"]  # as if it had been stopped there
-    files[1].write_text(json.dumps(measured))
-    study.measure(jobs[1].folder, 1)
-    again = json.loads(files[1].read_text())["steps"]
-    assert list(again) == ["2", "3"] and again["2"] == measured["steps"]["2"]
+@pytest.fixture
+def few(monkeypatch):
+    """Three captions, two sampling steps and four drawings: enough for what is counted and kept."""
+    monkeypatch.setattr(toy, "prompts", lambda split="all": PROMPTS[:3])
+    monkeypatch.setattr(measure, "STEPS", 2)
+    monkeypatch.setattr(measure, "DRAWINGS", 4)
 
 
-def test_a_run_that_fails_is_named_with_its_log(tmp_path):
-    wrong = study.Variant("wrong", "--method dpo --eta 0.1", (1,))
-    jobs = study.jobs_of(study.Study([wrong], [0], 1), tmp_path)
-    with pytest.raises(UserError, match=r"--eta: has no meaning.*wrong-seed-0\.log"):
-        study.run_all(jobs[1:], 2)
+def test_the_start_does_not_drift_and_its_pictures_are_kept(few, tmp_path):
+    measure.main([str(tmp_path), "--images", "2", "--exports", "0"])
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    assert measured["images"] == 2 and list(measured["steps"]) == ["0"]
+    scores = measured["steps"]["0"]
+    assert scores["drift"] == 0 and len(scores["preference"]) == len(scores["faithfulness"]) == 6
+    files = sorted((tmp_path / "images/step_000000").iterdir())
+    assert [file.name for file in files] == ["00000.png", "00001.png", "00002.png"]
+    for k, file in enumerate(files):
+        image = Image.open(file)
+        assert scores["preference"][k] == pytest.approx(toy.preference(image), abs=1e-6)
+        assert scores["faithfulness"][k] == toy.faithfulness(image, PROMPTS[k])
+
+
+def test_every_export_is_judged_once(few, tmp_path):
+    unet = model.load_unet("tiny")
+    for step in (2, 3):
+        with torch.no_grad():
+            unet.conv_out.bias += 0.01
+        unet.save_pretrained(tmp_path / "unets" / f"step_{step:06d}")
+
+    def judged(*flags) -> dict:
+        measure.main([str(tmp_path), "--images", "1", *flags])
+        return json.loads((tmp_path / "measured.json").read_text())["steps"]
+
+    first = judged("--exports", "2")
+    assert list(first) == ["2"] and first["2"]["drift"] == pytest.approx(1e-4, rel=1e-3)
+    (tmp_path / "unets/step_000002").rename(tmp_path / "unets/step_000004")  # judged: not needed
+    both = judged()
+    assert list(both) == ["2", "3", "4"] and both["2"] == first["2"]
+    assert both["3"]["drift"] == pytest.approx(4e-4, rel=1e-3) and both["4"] == first["2"]
+
+
+def test_a_run_without_exports_is_refused_with_the_flag_that_makes_them(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        measure.main([str(tmp_path)])
+    assert stop.value.code == 2 and "train with --export-every" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------
@@ -244,7 +343,11 @@ def test_a_share_is_drawn_on_an_axis_that_ends_at_all_of_them(monkeypatch, tmp_p
     assert ["span" in panel for panel in panels] == [False, True]
 
 
-def test_every_study_writes_its_pages_and_pictures(tmp_path):
+def test_every_study_writes_its_pages_and_pictures(monkeypatch, tmp_path):
+    drawn = {}  # instead of drawing, which takes seconds and is tested above
+    monkeypatch.setattr(
+        figures, "trajectories", lambda panels, path, _: drawn.update({path: panels})
+    )
     for name, make in study.STUDIES.items():
         small = make()
         jobs = study.jobs_of(small, tmp_path / name)
@@ -261,21 +364,7 @@ def test_every_study_writes_its_pages_and_pictures(tmp_path):
             spent |= {"device_hours": 1, "peak_memory": 1}
             (job.folder / "cost.json").write_text(json.dumps(spent))
         text = study.WRITERS[name](r, jobs, tmp_path / name)
-        assert all(variant.name in text for variant in small.variants)
-        assert Image.open(tmp_path / name / f"{name}.png").width == 1200
-
-
-def test_the_command_line_writes_what_it_prints(ran, monkeypatch, capsys, tmp_path):
-    small, jobs = ran
-    monkeypatch.setitem(study.STUDIES, "tune", lambda: small)
-    monkeypatch.setattr(study, "jobs_of", lambda *_: jobs)
-    monkeypatch.setitem(study.WRITERS, "tune", lambda results, jobs, out: "a page\n")
-    monkeypatch.setattr(sys, "argv", ["study.py"])
-    study.main(["tune", "--out", str(tmp_path), "--jobs", "2"])
-    assert (tmp_path / "tune.md").read_text() == "a page\n"
-    assert "a page" in capsys.readouterr().out
-    wins = json.loads((tmp_path / "tune.json").read_text())
-    assert [(w["model"], w["against"]) for w in wins] == [
-        ("short InPO", "base"), ("short SFT", "base"), ("short SFT", "short InPO")
-    ]  # fmt: skip
-    assert len(json.loads((tmp_path / "judgements.json").read_text())) == 4
+        panels = drawn[tmp_path / name / f"{name}.png"]
+        for variant in small.variants:
+            assert variant.name in text and any(variant.name in p["lines"] for p in panels)
+    assert Image.open(tmp_path / "table" / "samples.png").width > 64

@@ -5,8 +5,6 @@ Bounds with a measured value beside them were measured over all captions; the re
 import io
 import math
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +17,7 @@ from transformers import CLIPTokenizer
 
 import model
 import toy
-from lab import pretrain
+from lab import pretrain, samples
 from system import hub
 
 SATURATIONS, BLURS = (0.3, 0.5, 1.0), (0.0, 0.8, 1.6, 2.5)  # the whole range of both
@@ -277,7 +275,9 @@ def test_faithfulness_ignores_place_size_and_quality():
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    return pq.read_table(toy.write_pairs(tmp_path_factory.mktemp("pairs"), 120, seed=3))
+    return pq.read_table(
+        toy.write_pairs(tmp_path_factory.mktemp("pairs") / "a.parquet", 120, seed=3)
+    )
 
 
 def test_pairs_have_the_columns_of_pick_a_pic(table):
@@ -306,15 +306,15 @@ def test_labels_agree_with_the_preference_of_the_stored_bytes(table):
 
 def test_a_wider_tie_gives_only_ties_and_no_tie_gives_none(tmp_path):
     for tie, expected in ((2.0, {0.5}), (0.0, {0.0, 1.0})):
-        path = toy.write_pairs(tmp_path, 30, tie=tie)
+        path = toy.write_pairs(tmp_path / "pairs", 30, tie=tie)
         assert set(pq.read_table(path)["label_0"].to_pylist()) == expected
 
 
 def test_pairs_use_the_captions_of_their_split_only(table, tmp_path):
     assert set(table["caption"].to_pylist()) <= set(toy.prompts("train"))
     assert len(set(table["caption"].to_pylist())) > 40
-    heldout = pq.read_table(toy.write_pairs(tmp_path, 30, split="heldout"))["caption"]
-    assert set(heldout.to_pylist()) <= set(toy.prompts("heldout"))
+    heldout = pq.read_table(toy.write_pairs(tmp_path / "pairs", 30, split="heldout"))
+    assert set(heldout["caption"].to_pylist()) <= set(toy.prompts("heldout"))
 
 
 def test_pairs_are_a_function_of_the_seed(table, tmp_path):
@@ -342,46 +342,34 @@ def test_another_number_or_seed_is_another_file(tmp_path):
 
 
 def test_a_rank_that_finishes_in_between_does_no_harm(tmp_path, monkeypatch):
-    write, final = toy.write_pairs, []
+    write, final = pq.write_table, []
 
-    def overtaken(*args, **options):
-        monkeypatch.setattr(toy, "write_pairs", write)
+    def overtaken(table, file):
+        monkeypatch.setattr(pq, "write_table", write)
         final.append(toy.write_pairs_once(tmp_path, 5))  # the other rank
-        return write(*args, **options)
+        write(table, file)
 
-    monkeypatch.setattr(toy, "write_pairs", overtaken)
+    monkeypatch.setattr(pq, "write_table", overtaken)
     assert [toy.write_pairs_once(tmp_path, 5)] == final == list(tmp_path.iterdir())
     assert pq.read_table(final[0]).num_rows == 5
 
 
 def test_an_interrupted_writing_leaves_nothing_behind(tmp_path, monkeypatch):
-    write = toy.write_pairs
+    write = pq.write_table
 
-    def interrupted(*args, **options):
-        assert write(*args, **options).exists() and not list(tmp_path.glob("*.parquet"))
+    def interrupted(table, file):
+        write(table, file)
+        assert file.exists() and not list(tmp_path.glob("*.parquet"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(toy, "write_pairs", interrupted)
+    monkeypatch.setattr(pq, "write_table", interrupted)
     with pytest.raises(KeyboardInterrupt):
         toy.write_pairs_once(tmp_path, 5)
     assert not list(tmp_path.iterdir())
 
 
-def test_two_processes_may_write_the_same_pairs_at_once(tmp_path):
-    script = "import sys, toy; print(toy.write_pairs_once(sys.argv[1], 40))"
-    root = os.path.dirname(os.path.abspath(toy.__file__))
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root) for _ in range(2)]
-    answers = {rank.communicate(timeout=120)[0].decode().strip() for rank in ranks}
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    (path,) = tmp_path.iterdir()
-    assert answers == {str(path)} and pq.read_table(path).num_rows == 40
-
-
-def test_the_command_line_writes_the_pairs(tmp_path, monkeypatch, capsys):
-    arguments = ["toy.py", "pairs", "--out", str(tmp_path), "--n", "3", "--seed", "7"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    toy.main()
+def test_the_command_line_writes_the_pairs(tmp_path, capsys):
+    toy.main(["pairs", "--out", str(tmp_path), "--n", "3", "--seed", "7"])
     assert capsys.readouterr().out == f"Wrote {tmp_path / 'pairs.parquet'}.\n"
     expected = pq.read_table(toy.write_pairs(tmp_path / "expected", 3, seed=7))
     assert pq.read_table(tmp_path / "pairs.parquet").equals(expected)
@@ -467,10 +455,27 @@ def test_the_embedded_model_draws_what_the_caption_says():
     assert np.mean(right) >= 0.85
 
 
+def test_the_picture_of_samples_shows_every_caption_once(tmp_path, monkeypatch, capsys):
+    def sample(pipeline, prompts, seeds, *_, **__):
+        assert seeds == list(range(5, 77)) and prompts == toy.prompts()
+        wrong = drawn("red", "square", "black")  # in place of the first caption's circle
+        rngs = map(np.random.default_rng, seeds[1:])
+        return [wrong, *(toy.draw(p, rng) for p, rng in zip(prompts[1:], rngs, strict=True))]
+
+    monkeypatch.setattr(model, "load_pipeline", lambda name: None)
+    monkeypatch.setattr(model, "sample", sample)
+    samples.main(["--out", str(tmp_path / "new" / "all.png"), "--seed", "5"])
+    assert capsys.readouterr().out.endswith(
+        "98.6% show the colour and the shape of their caption.\n"
+    )
+    picture = Image.open(tmp_path / "new" / "all.png")
+    assert picture.width > 12 * 128 and picture.height > 6 * 128
+
+
 def test_pretraining_is_reproducible_from_its_seed(tmp_path):
     weights = []
     for folder in (tmp_path / "one", tmp_path / "two"):
-        pretrain.pretrain(folder, seed=3, n=100, vae_steps=2, unet_steps=2)
+        pretrain.pretrain(folder, seed=3, n=20, vae_steps=1, unet_steps=1)
         pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
         weights.append(pipeline.unet.state_dict() | pipeline.vae.state_dict())
         assert pipeline.vae.config.scaling_factor > 0

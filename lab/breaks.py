@@ -1,0 +1,325 @@
+"""Break the code in many small ways, one at a time, and see whether the tests notice.
+
+    python -m lab.breaks                      # all of them, about ten seconds each
+    python -m lab.breaks "loss: sign" ...     # those of these names
+
+Each break changes one place of one file in a copy of the tree, and runs the tests that should fail
+there. A break that survives is a law that no test holds. First all of these tests run on an
+unbroken copy, where they must pass. The exit code is 1 where a break survives.
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+from system.files import ROOT, UserError
+from system.program import Parser, reported
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("lab.breaks", __doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of breaks (default: all of them)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse()  # answers --help and wrong flags before the imports below, which take seconds
+
+# The libraries are imported once, before the forks that test; with conftest.py's settings.
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+import datasets  # noqa: F401
+import deepspeed  # noqa: F401
+import diffusers  # noqa: F401
+import matplotlib.figure  # noqa: F401
+import peft  # noqa: F401
+import pytest
+import transformers  # noqa: F401
+from tqdm import tqdm
+
+LIMIT = 400  # seconds for the tests of one break: a rank that waits for ever is caught as well
+
+
+@dataclass(frozen=True)
+class Break:
+    """One change of one file: `old`, which stands in it exactly once, becomes `new`."""
+
+    name: str
+    file: str  # looked up by its name alone, wherever it lies
+    old: str
+    new: str
+    tests: str  # pytest's ids, without the folder; some of these tests must fail
+
+
+# fmt: off
+BREAKS = [
+    # ----- the inversion
+    Break("step: without sqrt(abar_to)", "invert.py",
+          "b.sqrt() * (_sigma(b) - _sigma(a)) * eps", "(_sigma(b) - _sigma(a)) * eps",
+          "test_invert.py::test_step_equals_diffusers"),
+    Break("inversion: tau weighted by sigma, not by its steps", "invert.py",
+          "shift + (_sigma(b) - _sigma(a)) * eps", "shift + _sigma(b) * eps",
+          "test_invert.py::test_constant_noise_without_injection_is_tau_and_recovery_loses_digits_at_small_t"),
+    Break("inversion: tau divided by sqrt(1 - abar)", "invert.py",
+          "shift / _sigma(abar_t)", "shift / (1 - abar_t).sqrt()",
+          "test_invert.py::test_accumulated_tau_equals_implied_noise"),
+    Break("inversion: first call at timestep -99", "invert.py",
+          "t_from, abar_from = torch.zeros_like(t)", "t_from, abar_from = torch.zeros_like(t) - 99",
+          "test_invert.py::test_inversion_lands_on_every_t_by_the_edges_of_the_cells"),
+    Break("inversion: starts at abar[0]", "invert.py",
+          "torch.ones_like(abar[t])", "abar[0].expand_as(t)",
+          "test_invert.py::test_constant_noise_without_injection_is_tau_and_recovery_loses_digits_at_small_t"),
+    Break("inversion: overshoots t", "invert.py", "t.clamp(max=edge)", "torch.full_like(t, edge)",
+          "test_invert.py::test_inversion_lands_on_every_t_by_the_edges_of_the_cells"),
+    Break("inversion: variance of the injected noise", "invert.py",
+          "(1 - a) / (1 - b) * (1 - b / a)", "(1 - b / a)",
+          "test_invert.py::test_injected_noise_has_the_stated_variance"),
+    Break("inversion: images share a generator", "invert.py",
+          "randn_like(image, g) for image, g in zip(x, generator, strict=True)",
+          "randn_like(image, generator[0]) for image in x",
+          "test_invert.py::test_batch_equals_one_by_one"),
+    # ----- the losses
+    Break("error: sum in place of mean", "loss.py", ".flatten(1).mean(1)", ".flatten(1).sum(1)",
+          "test_loss.py::test_squared_error_is_one_mean_per_image"),
+    Break("loss: sign", "loss.py", "-F.logsigmoid(margin)", "-F.logsigmoid(-margin)",
+          "test_loss.py::test_loss_and_gradient_equal_the_formula"),
+    Break("loss: beta in place of beta / 2", "loss.py",
+          "0.5 * beta * (err_ref - err)", "beta * (err_ref - err)",
+          "test_loss.py::test_gradient_is_beta_over_4_per_pair_when_policy_equals_reference"),
+    Break("loss: losers first", "loss.py", "reward_w, reward_l = ", "reward_l, reward_w = ",
+          "test_loss.py::test_loss_and_gradient_equal_the_formula"),
+    Break("KTO: liked and disliked exchanged", "loss.py",
+          "liked.to(g.dtype) * 2 - 1", "1 - liked.to(g.dtype) * 2",
+          "test_loss.py::test_kto_loss_and_gradient_equal_the_formula"),
+    Break("KTO: reference point below 0", "loss.py", "g.mean().clamp(min=0)", "g.mean()",
+          "test_loss.py::test_kto_kl_is_the_batch_mean_clamped_at_zero_unless_given"),
+    Break("KTO: weights exchanged", "loss.py",
+          "weight_disliked).masked_fill(liked, weight_liked)",
+          "weight_liked).masked_fill(liked, weight_disliked)",
+          "test_loss.py::test_kto_is_half_the_weight_when_policy_equals_reference"),
+    # ----- the pairs
+    Break("data: label inverted", "data.py",
+          'if pair["label_0"] == 1 else', 'if pair["label_0"] == 0 else',
+          "test_data.py::test_winners_and_losers_are_not_swapped_from_source_to_batch"),
+    Break("data: ties kept", "data.py", "np.flatnonzero(labels != 0.5)", "np.arange(len(labels))",
+          "test_data.py::test_ties_are_removed_and_counted"),
+    Break("data: winner and loser flipped apart", "data.py",
+          "crop_at, flip) for image in images",
+          "crop_at, flip ^ (image is images[1])) for image in images",
+          "test_data.py::test_winner_and_loser_share_flip_crop_and_caption"),
+    Break("data: every epoch in the same order", "data.py",
+          "[self.seed, ORDER, epoch]", "[self.seed, ORDER]",
+          "test_data.py::test_each_row_is_seen_once_an_epoch_in_an_order_of_its_own"),
+    Break("data: all ranks get rank 0's pairs", "data.py",
+          "accumulation + micro) * world + rank)", "accumulation + micro) * world)",
+          "test_data.py::test_shards_are_disjoint_and_make_up_the_global_batch"),
+    Break("data: a broken pair is tried again and again", "data.py",
+          "self.row(n + skipped)", "self.row(n)",
+          "test_data.py::test_a_broken_image_drops_its_pair_and_all_others_still_match"),
+    Break("data: resumes one step too late", "data.py",
+          "for step in range(start_step, steps)", "for step in range(start_step + 1, steps)",
+          "test_data.py::test_a_later_start_gives_what_would_have_come_then"),
+    Break("workers: one whose trainer is gone lives on", "workers.py",
+          "os.getppid() != ", "None is ",
+          "test_data.py::test_workers_end_with_a_trainer_that_was_killed"),
+    Break("toy: worse drawings are preferred", "toy.py", "float(gap > 0)", "float(gap < 0)",
+          "test_toy.py::test_labels_agree_with_the_preference_of_the_stored_bytes"),
+    # ----- the model
+    Break("model: sign of v-prediction", "model.py",
+          "signal.sqrt() * out + (1 - signal)", "signal.sqrt() * out - (1 - signal)",
+          "test_model.py::test_a_v_model_that_is_right_predicts_the_true_noise"),
+    Break("model: latents are not scaled", "model.py", "* vae.config.scaling_factor / std", "/ std",
+          "test_model.py::test_latents_are_scaled_draws_from_the_posterior"),
+    Break("model: pooled text of an empty caption", "model.py", "pooled * given[:, None]", "pooled",
+          "test_model.py::test_a_dropped_caption_among_others_is_encoded_as_if_alone"),
+    # ----- the job
+    Break("job: cells of timesteps are not visited equally often", "train_inpo.py",
+          ".permutation(cells)[place]", ".integers(cells)",
+          "test_train.py::test_each_cycle_of_micro_steps_visits_every_cell_once"),
+    Break("job: timesteps repeat in every step", "train_inpo.py",
+          "step * todo.accumulation + micro", "micro",
+          "test_train.py::test_steps_equal_those_written_by_hand"),
+    Break("job: DPO's noise is not shared", "train_inpo.py",
+          "tau.chunk(2)[0].repeat(2, 1, 1, 1)", "tau",
+          "test_methods.py::test_steps_of_each_method_equal_those_written_by_hand[dpo-2-1]"),
+    Break("job: the reference is trained", "train_inpo.py", "else copy.deepcopy(unet)", "else unet",
+          "test_train.py::test_the_reference_stays_where_the_policy_started"),
+    Break("job: the other model inverts", "train_inpo.py",
+          'if args.inverter == "policy"', 'if args.inverter != "policy"',
+          "test_methods.py::test_steps_of_each_method_equal_those_written_by_hand[inpo-2-1]"),
+    Break("job: warm-up begins one step late", "train_inpo.py",
+          "(step + 1) / max(1, args.warmup)", "step / max(1, args.warmup)",
+          "test_train.py::test_the_learning_rate_warms_up_linearly_then_stays"),
+    Break("job: KTO's reference point is of one rank", "train_inpo.py",
+          "dist.all_reduce(kl)", "kl.clone()",
+          "test_methods.py::test_reference_point_is_the_weighted_mean_over_all_ranks_and_at_least_0"),
+    Break("job: sum of losses in place of their mean", "train_inpo.py",
+          "engine.backward(losses.mean())", "engine.backward(losses.sum())",
+          "test_train.py::test_steps_equal_those_written_by_hand"),
+    # ----- checkpoints and folders
+    Break("resume: one step too early", "checkpoint.py",
+          'return state["step"]', 'return state["step"] - 1',
+          "test_checkpoint.py::test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_used"),
+    Break("resume: the optimizer begins anew", "checkpoint.py",
+          '"load_module_strict": False}',
+          '"load_module_strict": False, "load_optimizer_states": False}',
+          "test_train.py::test_a_run_that_was_stopped_and_resumed_is_bitwise_the_undisturbed_one"),
+    Break("checkpoint: checksums are not compared", "checkpoint.py",
+          "if found != crc:", "if found < 0:",
+          "test_checkpoint.py::test_every_flipped_bit_is_seen"),
+    Break("checkpoint: written under its final name", "checkpoint.py",
+          'scratch = path.with_suffix(".partial")', "scratch = path",
+          "test_checkpoint.py::test_a_kill_at_any_instant_of_saving_leaves_a_whole_checkpoint"),
+    Break("folder: a run with other flags is accepted", "run.py",
+          "if differ := differences(there, asked):", "if differ := differences(there, there):",
+          "test_train.py::test_a_folder_with_another_run_is_refused_with_the_differing_keys"),
+    Break("guard: a step that is not finite is applied", "guard.py",
+          "engine.optimizer.check_grad_overflow = True",
+          "engine.optimizer.check_grad_overflow = False",
+          "test_guard.py::test_training_goes_on_after_a_skipped_step_as_if_it_had_not_been[1-fp32-zero12]"),
+    Break("LoRA: alpha is ignored", "lora.py", "lora_alpha=alpha", "lora_alpha=rank",
+          "test_lora.py::test_the_adapter_adds_alpha_over_r_b_a_and_without_it_the_model_is_the_base"),
+    Break("LoRA: the reference has the adapters on", "lora.py",
+          "self._switch(off=True)", "self._switch(off=False)",
+          "test_lora.py::test_the_adapter_adds_alpha_over_r_b_a_and_without_it_the_model_is_the_base"),
+    # ----- processes
+    Break("processes: an error of one rank is not told to the others", "processes.py",
+          "if said := first(said):", "if said:",
+          "test_evaluate.py::test_two_ranks_give_the_files_of_one_and_say_a_mistake_once"),
+    Break("processes: a signal to another rank is not seen", "processes.py",
+          "dist.ReduceOp.MAX", "dist.ReduceOp.MIN",
+          "test_processes.py::test_a_signal_to_one_rank_asks_all"),
+    # ----- the judgement
+    Break("win rate: ties are wins", "winrate.py", "int((a > b).sum())", "int((a >= b).sum())",
+          "test_winrate.py::test_a_model_against_itself_has_only_ties"),
+    Break("win rate: the interval is over images", "winrate.py",
+          "np.unique(np.asarray(prompts), return_inverse=True)", "None, np.arange(len(prompts))",
+          "test_winrate.py::test_share_interval_knows_how_alike_the_images_of_a_prompt_are"),
+    Break("win rate: of the other model", "winrate.py",
+          "win_rate(values[name][rows], values[against][rows]",
+          "win_rate(values[against][rows], values[name][rows]",
+          "test_winrate.py::test_every_model_meets_each_one_named_before_it"),
+    Break("HPS: crops in place of padding", "scorers.py",
+          "size / max(image.size)", "size / min(image.size)",
+          "test_scorers.py::test_padding_keeps_the_whole_image_in_the_middle_of_black"),
+    Break("scorers: image features are not of unit length", "scorers.py",
+          "return F.normalize(features, dim=-1)", "return features",
+          "test_scorers.py::test_clip_is_the_cosine_of_text_and_cropped_image"),
+    Break("gallery: all images of a model share a seed", "gallery.py",
+          '"seed": first_seed + k}', '"seed": first_seed}',
+          "test_evaluate.py::test_manifest_says_which_prompt_and_seed_and_weights_gave_each_image"),
+]
+# fmt: on
+
+
+# -------------------------------------------------------------------------------------------------
+# Breaking a copy, and testing it.
+
+
+def copy_tree(folder: Path):
+    """Copy what git knows of the project, as it is now, into a new folder."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    for name in listed.stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def apply(change: Break, folder: Path):
+    """Break the copy in this folder. Raises UserError where the old text is not there once."""
+    found = [path for path in folder.rglob(change.file) if path.parent.name != "tests"]
+    if len(found) != 1:
+        raise UserError(f"'{change.name}': there are {len(found)} files named {change.file}.")
+    text = found[0].read_text("utf-8")
+    if (times := text.count(change.old)) != 1:
+        raise UserError(f"'{change.name}': {found[0].name} has {times} times: {change.old}")
+    found[0].write_text(text.replace(change.old, change.new), "utf-8")
+
+
+def run_tests(folder: Path, tests: list[str], limit: float | None = None) -> str:
+    """The first of these tests that fails in the copy, "" where all pass. Raises UserError.
+
+    limit: seconds until they count as failed."""
+    log = folder / "pytest.log"
+    child = multiprocessing.get_context("fork").Process(target=pytest_in, args=(folder, tests, log))
+    child.start()
+    child.join(limit)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)  # with the ranks that it has left behind
+    if child.exitcode is None:
+        return f"no end within {limit} s"
+    said = log.read_text()
+    failed = [line for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    if child.exitcode not in (0, 1) or bool(child.exitcode) != bool(failed):
+        raise UserError(f"pytest could not run {' '.join(tests)}:\n{said[-3000:]}")
+    return failed[0].split(" - ")[0].split("::", 1)[-1] if failed else ""
+
+
+def pytest_in(folder: Path, tests: list[str], log: Path):
+    """Run the tests of a copy in this process, a fork of the one that has imported the libraries.
+
+    What it has of the original project's modules is forgotten."""
+    os.setsid()
+    os.chdir(folder)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("lab", "system")]:
+        del sys.modules[name]
+    sys.modules["__main__"] = types.ModuleType("__main__")  # spawned processes would import it
+    sys.path[0] = str(folder)
+    flags = ["-x", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    sys.exit(int(pytest.main([*flags, *(f"tests/{test}" for test in tests)])))
+
+
+def try_break(change: Break | None, tests: list[str]) -> tuple[str, float]:
+    """(first failing test or "", seconds) of the tests on a copy with this break, or with none."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="break-") as name:
+        folder = Path(name)
+        copy_tree(folder)
+        if change:
+            apply(change, folder)
+        failed = run_tests(folder, tests, LIMIT if change else None)
+        return failed, time.monotonic() - begin
+
+
+# -------------------------------------------------------------------------------------------------
+# The program.
+
+
+def main(argv: list[str] | None = None) -> int:
+    names = parse(argv).names
+    known = {change.name: change for change in BREAKS}
+    survivors, rows = 0, []
+    with reported("lab.breaks"):
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"There is no break '{unknown[0]}'; they are: {', '.join(known)}.")
+        chosen = [known[name] for name in names] or BREAKS
+        every = list(dict.fromkeys(test for change in chosen for test in change.tests.split()))
+        failed, seconds = try_break(None, every)
+        if failed:
+            raise UserError(f"{failed} fails without any break; mend that first.")
+        print(f"Without a break all tests named below pass, in {seconds:.0f} s.", flush=True)
+        for change in (bar := tqdm(chosen, unit="break", desc="breaks")):
+            bar.set_postfix_str(change.name)
+            failed, seconds = try_break(change, change.tests.split())
+            survivors += not failed
+            rows.append(f"| {change.name} | {failed or 'SURVIVED'} | {seconds:.0f} |")
+    print("\n| break | caught by | seconds |\n|---|---|---|", *rows, sep="\n")
+    print(f"\n{len(rows) - survivors} of {len(rows)} breaks were caught.")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Judge the exports of a run of the tiny model on captions that alignment never saw.
+
+    python -m lab.measure out/run --images 8      # a run of train_inpo.py with --export-every
+
+Writes measured.json into the run's folder. An export that was judged before is not judged again.
+Each is compared with the model that training started from:
+
+    preference      the toy's hidden preference, a number for each image; exact (toy.py)
+    faithfulness    1 where colour and shape are those of the caption, else 0; exact
+    drift           mean squared difference of predicted noise, on held-out drawings, all timesteps
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from system.files import UserError, write
+from system.program import Parser, reported
+
+STEPS, GUIDANCE = 15, 2.0  # of sampling
+DRAWINGS = 72  # that drift is measured on
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("lab.measure", __doc__)
+    add = parser.add_argument
+    add("folder", type=Path, help="of a run; without exports the embedded model is judged")
+    add("--images", type=int, default=8, metavar="N", help="per prompt")
+    add("--exports", type=int, nargs="+", metavar="STEP", help="steps to judge (default: all)")
+    args = parser.parse_args(argv)
+    if args.images < 1:
+        parser.error("--images must be at least 1.")
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # answers --help and wrong flags before the imports below, which take seconds
+
+import numpy as np
+import torch
+
+import model
+import toy
+from invert import add_noise, randn_like
+from system import hub
+
+
+def held_out(pipeline, count: int) -> tuple[torch.Tensor, dict, torch.Tensor, torch.Tensor]:
+    """(xt, cond, t, abar) of held-out drawings with forward noise, the same in every process.
+
+    t is evenly spaced over 0..999, in random order. xt: (B, C, h, w), t: (B,), abar: (T,);
+    B = count."""
+    captions = (toy.prompts("heldout") * count)[:count]
+    rng, noise = np.random.default_rng(7), torch.Generator().manual_seed(7)
+    pixels = np.stack([np.asarray(toy.draw(caption, rng), np.float32) for caption in captions])
+    pixels = torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2)
+    seeds = [torch.Generator().manual_seed(k) for k in range(count)]
+    x0 = model.encode_images(pipeline, pixels, seeds)
+    t = (torch.arange(count) * 1000 // count)[torch.randperm(count, generator=noise)]
+    abar = model.alphas_cumprod(pipeline)
+    xt = add_noise(x0, randn_like(x0, noise), abar[t])
+    return xt, model.encode_prompts(pipeline, captions, toy.SIZE), t, abar
+
+
+@torch.no_grad()
+def judge(pipeline, unet, images: int, folder: Path) -> dict:
+    """Scores of a UNet that is put into the pipeline, and its drift from the pipeline's own UNet.
+
+    Image k shows prompt k mod P, drawn from seed k. The first image of each prompt is kept."""
+    prompts, start = toy.prompts("heldout"), pipeline.unet
+    xt, cond, t, abar = held_out(pipeline, DRAWINGS)
+    both = [model.predict_noise(u, xt, t, cond, abar) for u in (start, unet)]
+    pipeline.register_modules(unet=unet)
+    texts = prompts * images
+    drawn = model.sample(pipeline, texts, list(range(len(texts))), STEPS, GUIDANCE)
+    pipeline.register_modules(unet=start)
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(len(prompts)):
+        drawn[k].save(folder / f"{k:05d}.png")
+    return {
+        "preference": [round(toy.preference(image), 6) for image in drawn],
+        "faithfulness": [toy.faithfulness(*pair) for pair in zip(drawn, texts, strict=True)],
+        "drift": (both[1] - both[0]).square().mean().item(),
+    }
+
+
+def measure(folder: Path, images: int, steps: list[int] | None = None):
+    """Write folder/measured.json, {images, steps: {step: judge(...)}}, for the exports of these
+    steps, or for all; [0] is the model that training started from. Raises UserError."""
+    file, exports = folder / "measured.json", sorted(folder.glob("unets/step_*"))
+    paths = {str(int(export.name[5:])): str(export) for export in exports}
+    if steps == [0]:
+        paths = {"0": hub.PRESETS["tiny"]}
+    if not paths:
+        raise UserError(f"{folder} has no unets/step_*; train with --export-every.")
+    measured = json.loads(file.read_text()) if file.exists() else {}
+    if measured.get("images") != images:
+        measured = {"images": images, "steps": {}}
+    pipeline = model.load_pipeline("tiny")
+    for step, path in paths.items():
+        if step not in measured["steps"] and (steps is None or int(step) in steps):
+            kept = folder / "images" / f"step_{int(step):06d}"
+            measured["steps"][step] = judge(pipeline, model.load_unet(path), images, kept)
+            write(file, json.dumps(measured))
+
+
+def main(argv: list[str] | None = None):
+    args = parse(argv)
+    with reported("lab.measure"):
+        measure(args.folder, args.images, args.exports)
+
+
+if __name__ == "__main__":
+    main()
