@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from system.files import replacing
-from system.program import HelpFormatter, Parser, reported
+from system.program import Parser, reported
 
 # -------------------------------------------------------------------------------------------------
 # Prompts: 6 colours x 4 shapes x 3 backgrounds = 72, of which every fourth is kept from alignment.
@@ -251,17 +251,8 @@ def write_pairs_once(folder: str | Path, n: int, seed: int = 0) -> Path:
 def main(argv: list[str] | None = None):
     parser = Parser("toy.py", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    pairs = commands.add_parser(
-        "pairs", help="write preference pairs as a parquet file", formatter_class=HelpFormatter
-    )
-    add = pairs.add_argument
-    add(
-        "--out",
-        type=Path,
-        default="out/toy",
-        metavar="FOLDER",
-        help="where pairs.parquet is written",
-    )
+    add = commands.add_parser("pairs", help="write preference pairs as a parquet file").add_argument
+    add("--out", type=Path, default="out/toy", metavar="FOLDER", help="of pairs.parquet")
     add("--n", type=int, default=2048, help="pairs, with ties")
     add("--seed", type=int, default=0, help="of everything random")
     args = parser.parse_args(argv)

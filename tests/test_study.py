@@ -13,8 +13,8 @@ import toy
 from evaluation import figures
 from lab import measure, report, study
 from system.files import UserError
-from training import plan
 from training.flags import parse
+from training.recipes import METHODS
 
 PROMPTS = toy.prompts("heldout")
 
@@ -53,7 +53,7 @@ def test_methods_are_compared_at_equal_compute(tmp_path):
 def test_each_method_is_tuned_with_as_many_runs_at_least_as_inpo_on_an_unused_seed():
     tuned, others = study.tune_study(), (study.table_study(), study.ablation_study())
     methods = [variant.method for variant in tuned.variants]
-    assert {m: methods.count(m) for m in plan.METHODS} == dict(inpo=6, dpo=10, kto=6, sft=6)
+    assert {m: methods.count(m) for m in METHODS} == dict(inpo=6, dpo=10, kto=6, sft=6)
     assert not set(tuned.seeds) & {seed for other in others for seed in other.seeds}
 
 
