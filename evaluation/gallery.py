@@ -102,9 +102,13 @@ def pictures(folder: Path) -> list[str]:
 
 
 def is_gallery(path: str) -> bool:
-    """Whether a path is a folder of images: with a manifest, or with pictures and no model."""
-    if (Path(path) / "manifest.json").is_file() or not pictures(Path(path)):
-        return (Path(path) / "manifest.json").is_file()
+    """Whether a path is a folder of images: with a manifest, or with pictures and neither a model
+    nor a run."""
+    folder = Path(path)
+    if (folder / "manifest.json").is_file():
+        return True
+    if not pictures(folder) or (folder / "run.json").is_file():
+        return False
     try:
         hub.kind(path)
     except UserError:

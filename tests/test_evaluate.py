@@ -485,6 +485,17 @@ def test_a_run_with_pictures_in_its_folder_is_a_model(stub):
     assert not gallery.is_gallery("vivid") and gallery.is_gallery("empty") is False
 
 
+def test_a_run_without_a_model_and_a_checkpoint_name_the_command_that_exports_them(stub, capsys):
+    step = Path("run/checkpoints/step_000020")
+    step.mkdir(parents=True)
+    for file in ("run/run.json", step / "checkpoint.json"):
+        Path(file).write_text("{}")
+    Image.new("RGB", (8, 8)).save("run/curves.png")
+    for path in ("run", str(step)):
+        error = refused(capsys, models=("dull", path))
+        assert f"`python -m training.export {path}` writes a model from" in error
+
+
 def spoil(**changes):
     """Change the manifest of out/images/toy/vivid."""
     path = Path("out/images/toy/vivid/manifest.json")
