@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import model
-from lab import bench
 from system import processes
 from system.files import UserError
 from training import budget, lora
@@ -52,6 +51,20 @@ class Alive(TorchDispatchMode):
     def now(self) -> int:
         self.made = {key: value for key, value in self.made.items() if not value[0].expired()}
         return sum(size for _, size in self.made.values())
+
+
+# -------------------------------------------------------------------------------------------------
+# Work.
+
+
+def test_unet_calls_are_those_of_the_design():
+    for method, pairs, adapters, calls in (
+        ("inpo", 1, False, 2 * (5.5 + 1 + 3)), ("inpo", 10, True, 20 * (5.5 + 1 + 2)),
+        ("dpo", 1, False, 2 * (1 + 3)), ("kto", 1, True, 2 * (1 + 2)),
+        ("sft", 1, False, 3), ("sft", 3, True, 3 * 2),
+    ):  # fmt: skip
+        assert budget.unet_calls(method, pairs, range(10), adapters) == calls
+    assert budget.unet_calls("inpo", 1, iter([0, 0, 3])) == 2 * (2 + 4)  # of the cells drawn
 
 
 # -------------------------------------------------------------------------------------------------
@@ -214,12 +227,10 @@ def test_lora_trains_its_adapters_alone_and_needs_no_second_unet():
 
 
 def test_the_sum_is_the_largest_of_three_peaks():
-    config = bench.SDXL
-    step = 4 * model.count_parameters(config) / 2**30
+    step = 4 * model.count_parameters(SMALL) / 2**30
     for pairs, vae in ((1, 0.0), (8, 0.0), (1, 20.0), (8, 20.0)):
-        parts = budget.step_memory(
-            config, config_of(2), BF16, world=1, micro_batch=pairs, encoders=1.5, vae=vae
-        )
+        zero = {"reduce_bucket_size": 1000}
+        parts = small_memory(micro_batch=pairs, zero=zero, encoders=1.5, vae=vae)
         assert parts["encoders"] == 1.5
         backward = parts["buckets"] + parts["activations"]
         peak = max(backward, step)
