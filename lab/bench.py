@@ -5,7 +5,7 @@
     python -m lab.bench --model tiny                                        # a laptop, minutes
 
 No weights and no hub are needed: UNets are built from their configuration, latents and conditioning
-are random. Timed is the code that trains: ddim_invert, predict_noise, squared_error, inpo_loss. A
+are random. Timed is the code that trains: ddim_invert, Denoiser, squared_error, inpo_loss. A
 timing is a ratio within one run; its seconds belong to the hardware and versions printed with them.
 They are those of a plain process: without other ranks and clipping, gradients in the UNet's dtype.
 """
@@ -56,9 +56,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
-import model
 from invert import ddim_invert
 from loss import inpo_loss, squared_error
+from model import Denoiser, count_parameters
 from system import hub
 from system.files import UserError, write
 from training.budget import build, call_flops, calls_per_image, random_inputs
@@ -146,18 +146,15 @@ def rows_of(args: argparse.Namespace, policy: UNet2DConditionModel) -> list[Row]
     t = [one.repeat(2).to(x0.device) for one in t]
     noise = [torch.Generator().manual_seed(i) for i in range(len(x0))]  # CPU's, as train_inpo.py's
     step = adamw(list(policy.parameters()))
-
-    def eps(x, t):
-        return model.predict_noise(policy, x, t, cond, abar)
+    eps = Denoiser(policy, cond, abar)
+    eps_ref = torch.no_grad()(Denoiser(reference, cond, abar))
 
     def invert(k):
         return ddim_invert(eps, x0, t[k], abar, len(cells), args.eta, noise)
 
     def micro_step(k):
         xt, tau = invert(k)
-        with torch.no_grad():
-            eps_ref = model.predict_noise(reference, xt, t[k], cond, abar)
-        err_ref, err = squared_error(eps_ref, tau), squared_error(eps(xt, t[k]), tau)
+        err_ref, err = squared_error(eps_ref(xt, t[k]), tau), squared_error(eps(xt, t[k]), tau)
         inpo_loss(err, err_ref, beta=5000.0)[0].mean().backward()
 
     def forward_backward(k):
@@ -270,7 +267,7 @@ The published recipe sees {RECIPE_PAIRS:,} pairs, 400 steps of 1024. At {median(
 every {pairs} of them, this model on this device would take
 **{hours} {unit}-hours** ({low} to {high}).
 Not in it: VAE and text encoders, reading of data, optimizer steps, traffic between devices."""
-    parameters = model.count_parameters(policy.config) / 1e6
+    parameters = count_parameters(policy.config) / 1e6
     return f"""\
 # One InPO training step: {args.model}, {pairs} pairs
 
