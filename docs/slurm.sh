@@ -1,7 +1,8 @@
 #!/bin/bash
 # A job of many nodes under SLURM, from the repository's folder, which all nodes share:
 #
-#     mkdir -p out && sbatch --nodes 4 docs/slurm.sh --model sdxl --out out/sdxl
+#     mkdir -p out && sbatch --nodes 4 docs/slurm.sh --model sdxl --data liuhuohuo2/pick-a-pic-v2 \
+#                      --out out/sdxl
 #
 # Before its time is up the job saves, goes back to the queue, and resumes when its turn comes.
 #SBATCH --job-name=inpo

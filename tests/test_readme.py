@@ -1,86 +1,140 @@
-"""What README.md says is there, is there, and its commands are understood."""
+"""The README and the pages beside it: the programs understand the commands, the files are there."""
 
+import argparse
 import re
+import runpy
 import shlex
+import sys
 
 import pytest
 import torch
+from deepspeed.launcher import runner
+from torch.distributed import run as torchrun
 
-import evaluate
+import data
 import loss
 from invert import ddim_invert
 from system.files import ROOT
-from training import export, plan
-from training.flags import parse
+from system.hub import PICKAPIC
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    shlex.split(line.replace("$seed", "0"), comments=True)
-    for language, text in BLOCKS
-    if language == "bash"
-    for line in re.split(r"\n|; ", text.replace("\\\n", " "))
-    if line.strip()
-]
+PAGES = [ROOT / "README.md", ROOT / "configs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def words_after(script: str) -> list[list[str]]:
-    return [words[words.index(script) + 1 :] for words in COMMANDS if script in words]
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def test_commands_of_the_job_are_understood_and_their_batches_fit_a_node_of_eight():
-    commands = [words for words in COMMANDS if "train_inpo.py" in words]
-    assert len(commands) >= 2
-    for words in commands:
-        launcher = words[: words.index("train_inpo.py")]
-        args = parse("", words[len(launcher) + 1 :])
-        plan.read_ds_config(args.ds_config)
-        ranks = 1 if "python" in launcher else 2 * 8 if "--hostfile" in launcher else 8
-        if "--num_gpus" in launcher:
-            ranks = int(launcher[launcher.index("--num_gpus") + 1])
-        assert args.batch % (args.micro_batch * ranks) == 0, words
+def commands(text: str) -> list[list[str]]:
+    """The words of each command in the bash blocks of a page."""
+    lines = re.split(r"\n| && |; do |; done", "".join(blocks(text, "bash")).replace("\\\n", " "))
+    words = [shlex.split(line.replace("$seed", "0"), comments=True) for line in lines]
+    return [one for one in words if one]
 
 
-@pytest.mark.parametrize("program, action", [(evaluate, "check"), (export, "export")])
-def test_commands_of_evaluation_and_export_are_understood(program, action, monkeypatch):
-    class Understood(Exception):
-        """Nothing is to be drawn or written."""
+COMMANDS = {shlex.join(words): words for page in PAGES for words in commands(page.read_text())}
+OTHERS = {"make", "for", "mkdir", "hf", "tensorboard"}
+PROGRAMS = [words for words in COMMANDS.values() if words[0] not in OTHERS]
 
-    def stop(*given):
-        raise Understood
 
-    monkeypatch.setattr(program, action, stop)
-    commands = words_after(f"{program.__name__}.py")
-    assert commands
-    for words in commands:
-        with pytest.raises(Understood):
-            program.main(words)
+def started(words: list[str]) -> tuple[str, list[str], int]:
+    """(program, its flags, ranks) of a command, as its launcher understands it."""
+    if words[0] == "deepspeed":
+        given = runner.parse_args(words[1:])
+        ranks = 16 if given.hostfile == "hosts" else max(given.num_gpus, 0) or 8
+        return given.user_script, given.user_args, ranks
+    if words[0] == "torchrun":
+        given = torchrun.parse_args(words[1:])
+        ranks = int(given.nnodes.split(":")[-1]) * int(given.nproc_per_node)
+        return given.training_script, given.training_script_args, ranks
+    if words[:2] == ["python", "-m"]:
+        return words[2], words[3:], 1
+    at = next(i for i, word in enumerate(words) if word.endswith((".py", "slurm.sh")))
+    return words[at].replace("docs/slurm.sh", "train_inpo.py"), words[at + 1 :], 1
+
+
+class Understood(Exception):
+    """Raised where a program has read its flags and would begin to work."""
+
+
+@pytest.mark.parametrize("words", PROGRAMS, ids=shlex.join)
+def test_a_command_is_understood_and_names_data_that_exist(words, monkeypatch):
+    program, flags, ranks = started(words)
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop(parser, *given):
+        raise Understood(parse_args(parser, *given))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr("sys.argv", [program, *flags])
+    monkeypatch.delitem(sys.modules, program, raising=False)
+    with pytest.raises(Understood) as understood:
+        if program.endswith(".py"):
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__")
+    if program == "train_inpo.py":
+        args = understood.value.args[0]
+        assert args.data != PICKAPIC and (ROOT / args.ds_config).is_file()
+        assert ranks == 1 or args.batch % (args.micro_batch * ranks) == 0
 
 
 def test_make_targets_exist():
-    rules = re.findall(r"^([\w ]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    targets = " ".join(rules).split()
-    named = [words[1] for words in COMMANDS if words[0] == "make"]
-    assert {"demo", "test"} <= set(named) <= set(targets)
+    rules = re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"\bmake ([a-z][a-z-]*)", "".join(page.read_text() for page in PAGES))
+    assert {"demo", "table"} <= set(named) <= set(" ".join(rules).split())
 
 
-def test_no_command_is_of_another_kind():
-    known = {"make", "deepspeed", "torchrun", "python", "for", "do", "done"}
-    assert {words[0] for words in COMMANDS} <= known
+def test_the_first_screen_says_what_to_type_and_what_is_not_known():
+    assert len(README.splitlines()) <= 200
+    top = README.split("\n## ")[0]
+    assert "make demo" in top and "not been trained at full size yet" in top
+    assert ["deepspeed", "train_inpo.py", "--model", "sdxl"] in [w[:4] for w in commands(README)]
 
 
-def test_file_map_and_pictures_are_complete():
-    files = {path.name for path in ROOT.glob("*.py")} | {"ds_config.json"}
-    mapped = set(re.findall(r"^(\w+\.(?:py|json))  ", README, re.MULTILINE))
-    assert mapped == files
-    pictures = re.findall(r"(?:!\[.*?\]\(|<img src=\")([^)\"]*)", README)
-    assert len(pictures) >= 2
-    for picture in pictures:
-        assert (ROOT / picture).is_file(), picture
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_exist(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)]*)\)|<img src=\"([^\"]*)\"", text):
+        link = "".join(link)
+        if not link.startswith("http"):
+            name, _, anchor = link.partition("#")
+            file = page.parent / name if name else page
+            assert file.exists(), link
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if anchor else []
+            assert not anchor or anchor in map(slug, headings), link
+
+
+def test_the_map_is_complete():
+    (text,) = (block for block in blocks(README, "text") if "train_inpo.py" in block)
+    named = set(re.findall(r"(?<!\S)([\w/]+(?:\.py|\.json|/))(?!\S)", text))
+    files = {path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("*.json")]}
+    folders = {f"{path.parent.name}/" for path in ROOT.glob("[a-z]*/*")} - {"out/"}
+    assert named >= files | folders and all((ROOT / name).exists() for name in named)
+    modules = re.findall(r"python -m ([\w.]+)", text)
+    assert {f"{module.replace('.', '/')}.py" for module in modules} <= named
+
+
+def test_what_the_text_names_in_the_code_is_there():
+    names = re.findall(r"`(\w+)\.(\w+)`", README)
+    names = [
+        (file, name) for file, name in names if (ROOT / f"{file}.py").exists() and name != "py"
+    ]
+    assert len(names) >= 4
+    for file, name in names:
+        source = (ROOT / f"{file}.py").read_text()
+        assert re.search(rf"^(def|class) {name}\b|^{name} = ", source, re.MULTILINE), (file, name)
+    for file in re.findall(r"`([\w/]+\.py)`", README):
+        assert (ROOT / file).is_file(), file
 
 
 def test_the_lines_to_copy_run():
-    (lines,) = (text for language, text in BLOCKS if "ddim_invert(" in text)
+    (lines,) = (text for text in blocks(README, "python") if "ddim_invert(" in text)
     policy = torch.nn.Conv2d(4, 4, 1)
     names = {
         "policy": lambda x, t: policy(x),
@@ -94,3 +148,12 @@ def test_the_lines_to_copy_run():
     }
     exec(lines, names)
     assert torch.allclose(names["losses"], torch.full((2,), 2.0).log())
+
+
+def test_the_lines_that_make_pairs_make_pairs(tmp_path, monkeypatch):
+    (lines,) = (text for text in blocks(README, "python") if "to_parquet(" in text)
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes((ROOT / "docs" / "curves.png").read_bytes())
+    exec(lines, {})
+    assert len(data.read_pairs("pairs.parquet")) == 1
