@@ -35,7 +35,10 @@ run.figures = SimpleNamespace(curves=lambda lines, path, *rest: path.touch())
 gc.freeze()  # DeepSpeed collects garbage at each start, of all that was imported
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["launch"])
+server.set_forkserver_preload(
+    ["launch", "datasets", "torch.utils.tensorboard", "torch._inductor.compile_fx"]  # slow ones
+    + ["deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.triton_ops"]
+)
 running: list["Rank"] = []
 
 

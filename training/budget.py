@@ -83,7 +83,12 @@ def unet_calls(method: str, pairs: int, cells: Iterable[int], adapters: bool = F
 def call_flops(config: dict, tokens: int = 77) -> float:
     """FLOPs of a UNet call, 2 per multiply-add: counted by PyTorch on the meta device, where
     attention is always the same operations."""
-    unet = build(config, "meta", torch.float32)
+    return _counted_flops(json.dumps(config, sort_keys=True, default=str), tokens)
+
+
+@functools.cache  # a run asks when it plans, and at its end
+def _counted_flops(config: str, tokens: int) -> float:
+    unet = build(json.loads(config), "meta", torch.float32)
     x0, cond = random_inputs(unet, 1, tokens)
     t = torch.zeros(2, dtype=torch.int64, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
