@@ -3,12 +3,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+READY_DEV := .venv/ready-dev
 
-.PHONY: demo test lint table tune ablation bench chaos clean
+.PHONY: demo test test-all lint table tune ablation bench chaos clean
 
 $(READY): requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(READY_DEV): $(READY) requirements-dev.txt
+	$(BIN)/pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
 # Align the embedded model, judge it against its start on prompts that alignment never saw.
@@ -23,10 +28,14 @@ demo: $(READY)
 table tune ablation: $(READY)
 	$(BIN)/python -m lab.study $@ --out out/$@
 
-test: $(READY) lint
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+test: $(READY_DEV) lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-lint: $(READY)
+# With the slow tests, and in random order; --randomly-seed=N repeats an order.
+test-all: $(READY_DEV) lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -p randomly
+
+lint: $(READY_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
