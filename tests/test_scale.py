@@ -54,13 +54,13 @@ def flags(argv, ds_config, tmp_path, base):
 def test_every_stage_and_number_of_processes_is_the_loop_by_hand(flags, tmp_path, base):
     kinds, start = ("full", "lora"), weights(base, base)
     for world in WORLDS:
-        todo = [flags(kind, stage, world) for kind in kinds for stage in STAGES]
+        commands = [flags(kind, stage, world) for kind in kinds for stage in STAGES]
         if world == 2:  # ranks with different numbers of UNet calls would wait for ever here
             cells = tmp_path / "cells"
             many = ["--inversion-steps=10", "--eta=1", "--steps=3"]
-            todo.append([*flags("full", 3, 2), f"--out={cells}", *many])
-        (tmp_path / "todo.json").write_text(json.dumps(todo))
-        launch([str(tmp_path / "todo.json")], world, "tests/many.py")
+            commands.append([*flags("full", 3, 2), f"--out={cells}", *many])
+        (tmp_path / "commands.json").write_text(json.dumps(commands))
+        launch([str(tmp_path / "commands.json")], world, "tests/many.py")
     assert len(read_metrics(cells)) == 3
     for kind in kinds:
         expected, losses = steps(flags(kind))
