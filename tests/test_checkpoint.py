@@ -2,11 +2,10 @@
 
 As a script, `test_checkpoint.py FOLDER`, it is one of two ranks: see `two_ranks`."""
 
-import gc
+import contextlib
 import itertools
 import json
 import os
-import resource
 import shutil
 import sys
 from pathlib import Path
@@ -15,16 +14,18 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import small_disk
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from launch import launch
 from peft import LoraConfig, inject_adapter_in_model
 from torch.optim.lr_scheduler import LambdaLR
 
+import train_inpo
 from system import checkpoint, processes
 from system.files import UserError
+from training.folder import read_metrics
 
-RUN = {"beta": 500.0, "seed": 0, "betas": (0.9, 0.999)}
-torch.set_num_threads(1)
+SETTINGS = {"beta": 500.0, "seed": 0, "betas": (0.9, 0.999)}
 deepspeed.utils.logger.setLevel("ERROR")
 
 # -------------------------------------------------------------------------------------------------
@@ -123,20 +124,34 @@ def state(engine) -> dict[str, torch.Tensor]:
                 if inner.state:
                     found[f"{name} {key}"] = safe_get_full_optimizer_state(weight, key).clone()
     steps = {float(one["step"]) for one in inner.state.values() if "step" in one}
-    scale = getattr(engine.optimizer, "loss_scaler", None)
-    scale = (
-        [scale.cur_scale, scale.cur_iter, scale.last_overflow_iter] if engine.fp16_enabled() else []
-    )
     numbers = [*steps, engine.get_lr()[0], engine.lr_scheduler.last_epoch, engine.global_steps]
-    return found | {"numbers": torch.tensor([*numbers, *scale], dtype=torch.float64)}
+    if engine.fp16_enabled():
+        scaler = engine.optimizer.loss_scaler
+        numbers += [scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter]
+    return found | {"numbers": torch.tensor(numbers, dtype=torch.float64)}
+
+
+def masters(saved: dict) -> dict:
+    return {name: w for name, w in saved.items() if " " not in name and name != "numbers"}
+
+
+def trained(steps: int, stage: int = 2) -> tuple:
+    """(an engine after that many steps, its state)."""
+    engine = start(stage)
+    train(engine, 0, steps)
+    return engine, state(engine)
 
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def save(engine, folder: Path, step: int, keep: int = 2, every: int = 0, run: dict = RUN):
-    return checkpoint.save(engine, step, folder, run, keep, every)
+def save(engine, folder: Path, step: int, keep: int = 2, every: int = 0):
+    return checkpoint.save(engine, step, folder, SETTINGS, keep, every)
+
+
+def resume(engine, folder: Path) -> int:
+    return checkpoint.resume(engine, folder, SETTINGS)
 
 
 def names(folder: Path) -> list[str]:
@@ -147,13 +162,9 @@ def names(folder: Path) -> list[str]:
 # Every pair of ranks, stages and precisions.
 
 
-def sources(world: int) -> list[tuple]:
-    cases = [(stage, kind, "fp32") for stage in (1, 2, 3) for kind in ("full", "lora")]
-    return [
-        *cases,
-        *((s, "full", "bf16") for s in (1, 2, 3)),
-        *((s, "full", "fp16") for s in (2, 3)),
-    ]
+# (stage, kind, precision) of a run.
+CASES = [(stage, kind, "fp32") for stage in (1, 2, 3) for kind in ("full", "lora")]
+CASES += [(stage, "full", "bf16") for stage in (1, 2, 3)] + [(s, "full", "fp16") for s in (2, 3)]
 
 
 def name_of(world: int, stage: int, kind: str, precision: str) -> str:
@@ -163,7 +174,7 @@ def name_of(world: int, stage: int, kind: str, precision: str) -> str:
 def write(folder: Path):
     """SAVED steps of each kind of run, their checkpoint and what it must restore; then the rest."""
     world = dist.get_world_size()
-    for case in sources(world):
+    for case in CASES:
         place = folder / name_of(world, *case)
         engine = start(*case)
         before = train(engine, 0, SAVED)
@@ -177,25 +188,23 @@ def write(folder: Path):
 def read(folder: Path) -> dict[str, tuple]:
     """On this number of ranks: each checkpoint by each stage; "from to": (restored?, losses)."""
     found, world = {}, dist.get_world_size()
-    for before in (1, 2):
-        for source, stage in itertools.product(sources(before), (1, 2, 3)):
-            now = (stage, *source[1:])
-            if now not in sources(world):
-                continue
-            place = folder / name_of(before, *source)
-            saved, _ = torch.load(folder / f"{place.name}.pt")
-            engine = start(*now)
-            assert checkpoint.resume(engine, place, RUN) == SAVED
-            assert names(place) == [f"step_{SAVED:06d}"]
-            restored = same(state(engine), saved)
-            losses = train(engine, SAVED, LAST)
-            found[f"{place.name} {name_of(world, *now)}"] = (restored, losses)
+    for before, source, now in itertools.product((1, 2), CASES, CASES):
+        if source[1:] != now[1:]:
+            continue
+        place = folder / name_of(before, *source)
+        saved, _ = torch.load(folder / f"{place.name}.pt")
+        engine = start(*now)
+        assert resume(engine, place) == SAVED
+        assert names(place) == [f"step_{SAVED:06d}"]
+        restored = same(state(engine), saved)
+        losses = train(engine, SAVED, LAST)
+        found[f"{place.name} {name_of(world, *now)}"] = (restored, losses)
     return found
 
 
 def begins() -> dict[str, list[float]]:
     """On this number of ranks, of each kind of half-precision engine: the largest error of its
-    master weights before and after `begin`, and of its own weights to those rounded."""
+    master weights before and after set_master_weights, and of its own weights as those rounded."""
     found, offload = {}, {"offload_optimizer": {"device": "cpu"}}
     cases = itertools.product((1, 2, 3), ("full", "lora"), ("bf16", "fp16"), ({}, offload))
     for *case, more in cases:
@@ -225,21 +234,9 @@ def two_ranks(folder: Path):
         torch.save((found, failures, starts), folder / "two.pt")
 
 
-def join():
-    processes.join()
-    gc.freeze()  # DeepSpeed collects garbage at each start, of all that was imported
-
-
 @pytest.fixture(scope="module")
-def group():
-    join()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def matrix(group, tmp_path_factory):
-    """(folder, results of all pairs, what full disks did, how engines began)."""
+def matrix(tmp_path_factory):
+    """(folder, results of all pairs, what full disks did, how engines started)."""
     folder = tmp_path_factory.mktemp("matrix")
     write(folder)
     launch([str(folder)], 2, "tests/test_checkpoint.py")
@@ -247,7 +244,7 @@ def matrix(group, tmp_path_factory):
     return folder, found | read(folder), failures, starts | begins()
 
 
-def test_on_any_ranks_and_stage_a_run_goes_on_as_if_undisturbed(matrix):
+def test_on_any_ranks_and_stage_a_run_resumes_as_if_undisturbed(matrix):
     folder, found, *_ = matrix
     assert len(found) == 2 * 2 * (2 * 9 + 9 + 4)
     assert not [pair for pair, (restored, _) in found.items() if not restored]
@@ -264,15 +261,12 @@ def test_on_any_ranks_and_stage_a_run_goes_on_as_if_undisturbed(matrix):
 
 def test_weights_are_the_engines_fp32_master_weights(matrix):
     folder, *_ = matrix
-    for world in (1, 2):
-        for case in sources(world):
-            place = folder / name_of(world, *case)
-            saved, _ = torch.load(folder / f"{place.name}.pt")
-
-            assert same(checkpoint.weights(place / f"step_{SAVED:06d}"), masters(saved)), place.name
+    for place in (folder / name_of(world, *case) for world in (1, 2) for case in CASES):
+        saved, _ = torch.load(folder / f"{place.name}.pt")
+        assert same(checkpoint.weights(place / f"step_{SAVED:06d}"), masters(saved)), place.name
 
 
-def test_in_half_precision_the_master_weights_begin_with_all_their_digits(matrix):
+def test_in_half_precision_the_master_weights_start_with_all_their_digits(matrix):
     *_, starts = matrix
     assert len(starts) == 2 * 3 * 2 * 2 * 2  # ranks, stages, kinds, precisions, offload
     for name, (before, after, rounded) in starts.items():
@@ -289,15 +283,12 @@ def fail(folder: Path, stage: int, rank: int) -> list:
     train(engine, 0, 1)
     seen = [save(engine, folder, 1)]
     train(engine, 1, 2)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if dist.get_rank() == rank:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    words = save(engine, folder, 2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    seen += [processes.gather(words), names(folder)]
+    with small_disk(1000) if dist.get_rank() == rank else contextlib.nullcontext():
+        said = save(engine, folder, 2)
+    seen += [processes.gather(said), names(folder)]
     seen += [save(engine, folder, 2), names(folder)]
     saved, engine = state(engine), start(stage)
-    return [*seen, checkpoint.resume(engine, folder, RUN), same(state(engine), saved)]
+    return [*seen, resume(engine, folder), same(state(engine), saved)]
 
 
 def test_a_full_disk_on_one_rank_is_one_sentence_on_all_and_costs_no_older_checkpoint(matrix):
@@ -311,7 +302,7 @@ def test_a_full_disk_on_one_rank_is_one_sentence_on_all_and_costs_no_older_check
         assert step == 2 and restored
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_sentence(trained, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path, monkeypatch):
     engine, _ = trained(2)
     save(engine, tmp_path, 1)
 
@@ -362,30 +353,18 @@ def kill_at(k: int, patch):
         patch.setattr(owner, name, wrap(getattr(owner, name), half))
 
 
-@pytest.fixture(scope="module")
-def trained(group):
-    """trained(n) -> an engine after n steps, and its state; the engine is the caller's to use."""
-
-    def make(steps: int, stage: int = 2):
-        engine = start(stage)
-        train(engine, 0, steps)
-        return engine, state(engine)
-
-    return make
-
-
-def test_a_kill_at_any_instant_of_saving_leaves_a_whole_checkpoint(trained, tmp_path):
+def test_a_kill_at_any_instant_of_saving_leaves_a_whole_checkpoint(tmp_path):
     """Step 3 is written beside 1 and 2, and 1 is deleted; then the run is started again."""
     engine, wanted = start(), {}
     for step in (1, 2, 3):
         train(engine, step - 1, step)
         wanted[step] = state(engine)
         if step < 3:
-            save(engine, tmp_path / "begin", step)
+            save(engine, tmp_path / "first", step)
     seen = []
     for k in itertools.count():
         folder = tmp_path / str(k)
-        shutil.copytree(tmp_path / "begin", folder)
+        shutil.copytree(tmp_path / "first", folder)
         with pytest.MonkeyPatch.context() as patch:
             kill_at(k, patch)
             try:
@@ -395,9 +374,9 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_whole_checkpoint(trained, tmp_
                 pass
         whole = [path for path in folder.iterdir() if path.suffix == ""]
         for path in whole:
-            assert same(checkpoint.weights(path), masters(wanted[int(path.name[5:])]))
+            assert same(checkpoint.weights(path), masters(wanted[checkpoint.step_of(path)]))
         fresh = start()
-        step = checkpoint.resume(fresh, folder, RUN)
+        step = resume(fresh, folder)
         assert same(state(fresh), wanted[step])
         assert set(names(folder)) == {path.name for path in whole}  # no leftovers
         seen.append((step, len(whole)))
@@ -406,7 +385,7 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_whole_checkpoint(trained, tmp_
     assert len(seen) >= 9 and seen[0] == (2, 2) and seen[-1] == (3, 2) and (3, 3) in seen
 
 
-def test_a_kill_at_any_instant_of_a_conversion_leaves_the_checkpoint(trained, tmp_path):
+def test_a_kill_at_any_instant_of_a_conversion_leaves_the_checkpoint(tmp_path):
     engine, wanted = trained(2)
     save(engine, tmp_path, 2)
     kills = 0
@@ -414,35 +393,30 @@ def test_a_kill_at_any_instant_of_a_conversion_leaves_the_checkpoint(trained, tm
         with pytest.MonkeyPatch.context() as patch:
             kill_at(k, patch)
             try:
-                checkpoint.resume(start(3), tmp_path, RUN)
+                resume(start(3), tmp_path)
                 break
             except Kill:
                 kills += 1
         engine = start(3)
-        assert checkpoint.resume(engine, tmp_path, RUN) == 2 and same(state(engine), wanted)
+        assert resume(engine, tmp_path) == 2 and same(state(engine), wanted)
         assert names(tmp_path) == ["step_000002"]
     assert kills >= 5
 
 
-def test_the_start_is_no_checkpoint_so_that_any_stage_and_ranks_go_on_from_it(trained, tmp_path):
+def test_step_0_is_never_saved_so_that_any_stage_and_ranks_continue_from_it(tmp_path):
     engine, before = trained(0)
     assert save(engine, tmp_path, 0) is None and names(tmp_path) == []
     (tmp_path / "step_000001.partial").mkdir()  # a kill left it
     engine = start(3)
-    assert checkpoint.resume(engine, tmp_path, RUN) == 0 and names(tmp_path) == []
+    assert resume(engine, tmp_path) == 0 and names(tmp_path) == []
     assert same(masters(state(engine)), masters(before))
 
 
-def test_a_full_disk_during_a_conversion_is_one_sentence(trained, tmp_path, monkeypatch):
+def test_a_full_disk_during_a_conversion_is_one_sentence(tmp_path):
     engine, _ = trained(1)
     save(engine, tmp_path, 1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(UserError, match="step_000001: cannot be converted"):
-            checkpoint.resume(start(3), tmp_path, RUN)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with small_disk(1000), pytest.raises(UserError, match="step_000001: cannot be converted"):
+        resume(start(3), tmp_path)
     assert names(tmp_path) == ["step_000001"]
 
 
@@ -450,12 +424,12 @@ def test_a_full_disk_during_a_conversion_is_one_sentence(trained, tmp_path, monk
 # Broken files.
 
 
-def masters(saved: dict) -> dict:
-    return {name: w for name, w in saved.items() if " " not in name and name != "numbers"}
+def shard(path: Path, kind: str = "optim") -> Path:
+    return next(path.glob(f"*{kind}_states.pt"))
 
 
-def shard(path: Path) -> Path:
-    return next(path.glob("*optim_states.pt"))
+def listed(path: Path) -> Path:
+    return path / checkpoint.LIST
 
 
 def flip(file: Path, place: int):
@@ -465,44 +439,38 @@ def flip(file: Path, place: int):
 
 
 def garble(path: Path):
-    file = path / "checkpoint.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"files": {"a.pt": 1}}))
+    facts = json.loads(listed(path).read_text()) | {"files": {"a.pt": 1}}
+    listed(path).write_text(json.dumps(facts))
 
 
 BREAK = {
     "optim_states.pt has 5,000 of": lambda path: os.truncate(shard(path), 5000),
     "optim_states.pt has changed": lambda path: flip(shard(path), 2000),
     "optim_states.pt cannot be read (No such": lambda path: shard(path).unlink(),
-    "model_states.pt cannot be read (No such": lambda path: next(
-        path.glob("*model_states.pt")
-    ).unlink(),
-    "checkpoint.json cannot be read (Expecting": lambda path: (path / "checkpoint.json").write_text(
-        ""
-    ),
-    "checkpoint.json cannot be read (some": lambda path: (path / "checkpoint.json").write_text(
-        "{}"
-    ),
+    "model_states.pt cannot be read (No such": lambda path: shard(path, "model").unlink(),
+    "checkpoint.json cannot be read (Expecting": lambda path: listed(path).write_text(""),
+    "checkpoint.json cannot be read (some": lambda path: listed(path).write_text("{}"),
     "checkpoint.json has changed": garble,
-    "checkpoint.json cannot be read (No such": lambda path: (path / "checkpoint.json").unlink(),
+    "checkpoint.json cannot be read (No such": lambda path: listed(path).unlink(),
 }
 
 
-def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_used(trained, tmp_path, capsys):
+def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path, capsys):
     engine, wanted = trained(1)
-    save(engine, tmp_path / "begin", 1)
+    save(engine, tmp_path / "whole", 1)
     train(engine, 1, 2)
-    save(engine, tmp_path / "begin", 2)
+    save(engine, tmp_path / "whole", 2)
     engine = start()
     for number, (words, damage) in enumerate(BREAK.items()):
         folder = tmp_path / str(number)
-        shutil.copytree(tmp_path / "begin", folder)
+        shutil.copytree(tmp_path / "whole", folder)
         damage(folder / "step_000002")
         left = {path.name: path.read_bytes() for path in (folder / "step_000002").iterdir()}
         with pytest.raises(UserError) as error:
             checkpoint.weights(folder / "step_000002")
         assert words in str(error.value)
         capsys.readouterr()
-        assert checkpoint.resume(engine, folder, RUN) == 1 and same(state(engine), wanted)
+        assert resume(engine, folder) == 1 and same(state(engine), wanted)
         said = capsys.readouterr().out.strip().splitlines()
         assert len(said) == 1 and said[0].startswith("Warning: ") and words in said[0]
         assert names(folder) == ["step_000001", "step_000002.broken"]
@@ -513,23 +481,23 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_it_used(trained, tm
         damage(folder / "step_000001")
         for _ in range(2):
             with pytest.raises(UserError, match="none of its checkpoints") as error:
-                checkpoint.resume(engine, folder, RUN)
+                resume(engine, folder)
             assert words in str(error.value) and "\n" not in str(error.value)
             assert names(folder) == ["step_000001", "step_000002.broken"]
 
 
-def test_a_step_that_breaks_twice_is_set_aside_twice(trained, tmp_path):
+def test_a_step_that_breaks_twice_is_set_aside_twice(tmp_path):
     engine, _ = trained(1)
     for step in (1, 2):
         save(engine, tmp_path, step)
     for _ in range(2):
         shard(tmp_path / "step_000002").unlink()
-        assert checkpoint.resume(start(), tmp_path, RUN) == 1
+        assert resume(start(), tmp_path) == 1
         save(engine, tmp_path, 2)
     assert len(names(tmp_path)) == 4 and len(list(tmp_path.glob("*.broken*"))) == 2
 
 
-def test_every_flipped_bit_is_seen(trained, tmp_path):
+def test_every_flipped_bit_is_seen(tmp_path):
     engine, _ = trained(1)
     save(engine, tmp_path, 1)
     path = tmp_path / "step_000001"
@@ -545,20 +513,35 @@ def test_every_flipped_bit_is_seen(trained, tmp_path):
 # Which checkpoints there are.
 
 
-def test_the_newest_and_every_nth_are_kept_and_a_broken_one_always(trained, tmp_path):
+def test_the_newest_and_every_nth_are_kept_and_a_broken_one_always(tmp_path):
     engine, _ = trained(1)
     for name in ("step_000001.broken", "step_000000.universal", "step_000000.old", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
     for step in range(1, 9):
         assert save(engine, tmp_path, step, keep=2, every=3) is None
-        numbers = [int(path.name[5:]) for path in checkpoint.complete(tmp_path)]
+        numbers = [checkpoint.step_of(path) for path in checkpoint.complete(tmp_path)]
         assert numbers == [n for n in range(step, 0, -1) if n > step - 2 or n % 3 == 0]
     kept = [f"step_{step:06d}" for step in (3, 6, 7, 8)]
     assert names(tmp_path) == ["other", "step_000001.broken", *kept]
 
 
-def test_a_step_is_written_once(trained, tmp_path):
+def test_an_old_checkpoint_that_cannot_be_deleted_is_tried_again(tmp_path, monkeypatch):
+    def refuse(path, target):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (engine, _), rename = trained(1), Path.rename
+    monkeypatch.setattr(
+        Path, "rename", lambda a, b: refuse(a, b) if b.suffix == ".old" else rename(a, b)
+    )
+    for step in (1, 2, 3):
+        assert save(engine, tmp_path, step) is None
+    assert len(names(tmp_path)) == 3
+    monkeypatch.undo()
+    assert save(engine, tmp_path, 4) is None and names(tmp_path) == ["step_000003", "step_000004"]
+
+
+def test_an_existing_checkpoint_is_not_rewritten(tmp_path):
     engine, _ = trained(1)
     save(engine, tmp_path, 1)
     before = shard(tmp_path / "step_000001").stat()
@@ -566,12 +549,12 @@ def test_a_step_is_written_once(trained, tmp_path):
     assert shard(tmp_path / "step_000001").stat() == before
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(trained, tmp_path):
+def test_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(tmp_path):
     engine, before = trained(1)
     save(engine, tmp_path, 1)
     for other, words in (
-        (RUN | {"beta": 501.0}, "beta: 500.0 there, 501.0 now"),
-        (RUN | {"lr": 1.0}, "lr: None there, 1.0 now"),
+        (SETTINGS | {"beta": 501.0}, "beta: 500.0 there, 501.0 now"),
+        (SETTINGS | {"lr": 1.0}, "lr: None there, 1.0 now"),
     ):
         with pytest.raises(UserError) as error:
             checkpoint.resume(engine, tmp_path, other)
@@ -583,12 +566,9 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(traine
 # The job.
 
 
-def test_the_job_goes_on_with_another_stage_or_micro_batch_but_not_another_beta(
+def test_the_job_resumes_with_another_stage_or_micro_batch_but_not_another_beta(
     argv, ds_config, tmp_path, capsys
 ):
-    import train_inpo
-    from training.folder import read_metrics
-
     def go(out: str, **flags) -> list[float]:
         # One cell of timesteps: a cell belongs to a micro-step.
         given = {"out": tmp_path / out, "checkpoint_every": 2, "inversion_steps": 1} | flags
@@ -596,19 +576,14 @@ def test_the_job_goes_on_with_another_stage_or_micro_batch_but_not_another_beta(
         return [line["loss"] for line in read_metrics(tmp_path / out)]
 
     expected = go("whole", steps=4)
-    go("begin", steps=2)
-    fused = json.loads(ds_config(3).read_text())
-    fused["optimizer"]["params"] |= {"fused": True}
-    fused = ds_config(3, optimizer=fused["optimizer"])
+    go("half", steps=2)
+    fused = json.loads(ds_config(3).read_text())["optimizer"]
+    fused["params"] |= {"fused": True}  # that may change, like torch_adam
     for name, flags in (
-        ("stage", {"ds_config": fused}),
+        ("stage", {"ds_config": ds_config(3, optimizer=fused)}),
         ("micro", {"micro_batch": 1}),
     ):
-        shutil.copytree(tmp_path / "begin", tmp_path / name)
-        listed = tmp_path / name / "checkpoints" / "step_000002" / "checkpoint.json"
-        facts = json.loads(listed.read_text())
-        facts["run"]["ds_config.optimizer"]["params"] |= {"torch_adam": True}  # as older ones say
-        listed.write_text(json.dumps(facts))
+        shutil.copytree(tmp_path / "half", tmp_path / name)
         capsys.readouterr()
         assert go(name, steps=4, **flags) == pytest.approx(expected, rel=1e-3)
         said = capsys.readouterr().out
@@ -618,18 +593,17 @@ def test_the_job_goes_on_with_another_stage_or_micro_batch_but_not_another_beta(
     assert abs(expected[3] - expected[1]) > 1e-4
 
     # The checkpoints know their run even where run.json does not.
-    shutil.copytree(tmp_path / "begin", tmp_path / "beta")
-    for words, record in (("--out", None), ("step_000002: is a checkpoint of another run", {})):
-        if record is not None:
-            file = tmp_path / "beta" / "run.json"
-            file.write_text(file.read_text().replace('"beta": 500.0', '"beta": 501.0'))
+    shutil.copytree(tmp_path / "half", tmp_path / "beta")
+    record = tmp_path / "beta" / "run.json"
+    for words in ("--out", "step_000002: is a checkpoint of another run"):
         with pytest.raises(SystemExit) as stop:
             go("beta", steps=4, beta=501)
         said = capsys.readouterr().err
         assert stop.value.code == 2 and "Traceback" not in said
         assert words in said and "beta: 500.0 there, 501.0 now" in said
+        record.write_text(record.read_text().replace('"beta": 500.0', '"beta": 501.0'))
 
 
 if __name__ == "__main__":
-    join()
+    processes.join()
     two_ranks(Path(sys.argv[1]))

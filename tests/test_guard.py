@@ -10,7 +10,6 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
 from loss import inpo_loss, kto_loss
-from system import processes
 from system.files import UserError
 from training import guard
 from training.guard import GROWTH, STREAK, WINDOW, NonFiniteSteps, Watch
@@ -34,16 +33,15 @@ def said(lines) -> list[tuple[int, str]]:
 def test_a_healthy_run_and_one_without_a_reference_are_left_in_peace():
     assert said(healthy(i) for i in range(1, 100)) == []
     assert said({"step": i, "loss": 0.0, "err_winner": 9.0} for i in range(1, 100)) == []
+    assert said(healthy(i, implicit_accuracy=0.5, margin=0.01) for i in range(1, 99)) == []
 
 
-@pytest.mark.parametrize("objective", [inpo_loss, kto_loss])
-def test_saturated_pairs_are_named_at_once_and_only_once(objective):
+@pytest.mark.parametrize("objective, more", [(inpo_loss, ()), (kto_loss, (None, torch.zeros(())))])
+def test_saturated_pairs_are_named_at_once_and_only_once(objective, more):
     err = torch.tensor([0.1, 0.1, 0.3, 0.3])
-    losses, line = objective(
-        err, torch.full((4,), 0.2), 1e4, *([None, torch.tensor(0.0)] * (objective is kto_loss))
-    )
-    line = {"step": 7, "loss": losses.mean()} | line
-    line = {key: float(value) for key, value in line.items()} | {"step": 7}
+    losses, line = objective(err, torch.full((4,), 0.2), 1e4, *more)
+    line = {key: float(value) for key, value in line.items()}
+    line |= {"step": 7, "loss": float(losses.mean())}
     [(step, text)] = said([healthy(6), line, line | {"step": 8}])
     assert step == 7 and text.startswith("Step 7: the loss is exactly 0") and "--lr" in text
     assert said([line | {"loss": 1e-44}]) == []
@@ -62,10 +60,6 @@ def test_an_extreme_accuracy_is_named_after_a_whole_streak(accuracy, margin, wor
     assert said(broken) == []  # the steps have to be in a row
 
 
-def test_half_the_pairs_right_is_no_sign_of_a_policy_that_stands_still():
-    assert said(healthy(i, implicit_accuracy=0.5, margin=0.01) for i in range(1, 99)) == []
-
-
 def test_drift_is_named_when_both_errors_have_grown_and_not_one_alone():
     def lines(winner, loser):
         return [healthy(i, err_winner=0.1 * winner, err_loser=0.1 * loser) for i in range(1, 30)]
@@ -73,10 +67,8 @@ def test_drift_is_named_when_both_errors_have_grown_and_not_one_alone():
     [(step, text)] = said(lines(GROWTH * 1.01, GROWTH * 1.02))
     assert step == WINDOW and "winners (0.202)" in text and "losers (0.204)" in text
     assert said(lines(GROWTH * 1.01, GROWTH * 0.99)) == said(lines(0.5, GROWTH * 3)) == []
-    outlier = [
-        healthy(i, **({"err_winner": 0.9, "err_loser": 0.9} if i == 20 else {}))
-        for i in range(1, 40)
-    ]
+    outlier = [healthy(i) for i in range(1, 40)]
+    outlier[20] |= {"err_winner": 0.9, "err_loser": 0.9}
     assert said(outlier) == []  # a mean over the window, not a step
 
 
@@ -127,9 +119,7 @@ def stop(tmp_path, module=None, steps=(12, 13, 14), **values) -> tuple[str, dict
 
 def test_the_report_names_pairs_rows_timesteps_and_what_is_not_finite(tmp_path):
     sentence, report = stop(tmp_path)
-    assert sentence.startswith(
-        "3 steps in a row had a non-finite loss or gradient (steps 12 to 14)"
-    )
+    assert "3 steps in a row had a non-finite loss or gradient (steps 12 to 14)" in sentence
     assert str(tmp_path / "nonfinite") in sentence and "\n" not in sentence
     assert [pair["number"] for pair in report["pairs"]] == [4, 5, 6, 7]  # of the last step alone
     five = report["pairs"][1]
@@ -180,7 +170,6 @@ def test_only_steps_in_a_row_count_and_a_step_forgets_the_one_before(tmp_path):
 
 def train(stage: int, precision: str, broken_micro=None, armed=True, **zero):
     """(weights, steps applied) of 4 steps of 2 micro-steps; step 1 has a NaN or is left out."""
-    processes.join()
     torch.manual_seed(0)
     net = torch.nn.Linear(8, 8)
     half = {} if precision == "fp32" else {precision: {"enabled": True}}
@@ -228,7 +217,7 @@ NORMLESS = {"compute_grad_norm": False}
         *[(stage, "fp32", NORMLESS) for stage in (1, 2)],
     ],
 )
-def test_training_goes_on_after_a_skipped_step_as_if_it_had_not_been(stage, precision, zero):
+def test_training_continues_after_a_skipped_step_as_if_it_had_not_been(stage, precision, zero):
     expected, _ = train(stage, precision, **zero)
     weights, applied = train(stage, precision, 0, **zero)
     assert applied == [True, False, True, True] and weights.equal(expected)
@@ -243,7 +232,6 @@ def test_the_limit_lets_the_loss_scale_fall_to_its_minimum_and_comes_before_deep
     assert guard.limit({}) == guard.limit({"bf16": {"enabled": True}}) == 5
     assert guard.limit({"fp16": {"enabled": True, "loss_scale": 128}}) == 5
     fp16 = {"enabled": True, "initial_scale_power": 9, "hysteresis": 3, "min_loss_scale": 2}
-    processes.join()
     net = torch.nn.Linear(2, 2)
     engine, *_ = deepspeed.initialize(
         model=net,

@@ -18,12 +18,12 @@ from launch import launch
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_train import refuse
 
 import model
 import toy
 import train_inpo
 from evaluation import scorers
-from system import processes
 from system.files import UserError
 from training import preview
 from training.folder import delete_unfinished, read_metrics
@@ -35,16 +35,17 @@ def brightness(images, prompts) -> list[float]:
     return [image.convert("L").getpixel((0, 0)) / 100 for image in images]
 
 
+def settings(out: Path, **flags) -> Namespace:
+    defaults = {"guidance": 3.0, "micro_batch": 2, "judge": "clip", "scorer_folder": None}
+    return Namespace(**defaults | {"out": out, "sample_prompts": None, "data": "pairs"} | flags)
+
+
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
     """drawn(step, [levels]) -> what draw says of grey pictures, which `brightness` scores."""
-    processes.join()
     (tmp_path / "run" / "samples").mkdir(parents=True)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    args = Namespace(
-        out=tmp_path / "run", guidance=3.0, micro_batch=2, judge="clip", scorer_folder=None,
-        sample_prompts=str(tmp_path / "prompts.txt"), data="pairs.parquet",
-    )  # fmt: skip
+    args = settings(tmp_path / "run", sample_prompts=str(tmp_path / "prompts.txt"))
     monkeypatch.setattr(scorers, "load", lambda name, folder: brightness)
 
     def draw(step: int, levels: list[int], **flags):
@@ -128,23 +129,15 @@ def test_scores_of_another_judge_do_not_count(drawn):
     assert drawn(2, [30] * 4)[1] and not drawn(3, [25] * 4)[1]
 
 
-def test_no_judge_gives_pictures_alone(drawn):
-    assert drawn(0, [20] * 4, judge=None) == (None, False)
+def test_without_a_judge_or_the_starts_pictures_there_are_pictures_alone(drawn):
+    assert drawn(5, [20] * 4) == drawn(0, [20] * 4, judge=None) == (None, False)
     assert {path.name for path in drawn.out.iterdir()} == {"samples"}
-
-
-def test_pictures_that_were_off_at_first_are_not_judged(drawn):
-    assert drawn(5, [20] * 4) == (None, False)
     assert (drawn.out / "samples" / "step_000005.png").exists()
 
 
 def test_a_toy_picture_that_does_not_show_its_caption_counts_0(tmp_path):
     captions = toy.prompts("heldout")[:2]
-    args = Namespace(
-        out=tmp_path, guidance=2.0, micro_batch=2, judge="preference", scorer_folder=None,
-        sample_prompts=None, data="toy",
-    )  # fmt: skip
-    one = preview.Preview(args)
+    one = preview.Preview(settings(tmp_path, judge="preference", data="toy"))
     one.prompts = captions
     shown = [toy.draw(caption, np.random.default_rng(0), 1.0, 0.0) for caption in captions]
     right, swapped = one.score(shown), one.score(shown[::-1])
@@ -187,31 +180,27 @@ def test_a_full_disk_costs_pictures_or_scores_with_a_warning_but_nothing_older(
     assert drawn(2, [40] * 4)[1] and capsys.readouterr().err == ""
 
 
-def test_a_scorer_that_fails_on_the_way_costs_a_warning(drawn, monkeypatch, capsys):
-    def load(name, folder):
-        raise UserError("scorer clip: gone.")
-
-    drawn(0, [20] * 4)
-    monkeypatch.setattr(scorers, "load", load)
-    assert drawn(1, [30] * 4) == (None, False)
-    assert "step 1 lacks pictures or scores (scorer clip: gone.)" in capsys.readouterr().err
-
-
-def test_pictures_that_are_not_finite_cost_a_warning_and_every_batch_is_drawn(
+def test_a_failing_scorer_and_pictures_that_are_not_finite_cost_a_warning(
     drawn, monkeypatch, capsys
 ):
-    """Training has its own guard; at the last step there would be no model for a picture's sake."""
+    """Training has its own guard; a picture of the last step must not cost the model."""
     batches = []
 
-    def diverged(pipeline, prompts, *how):
-        batches.append(prompts)
-        raise UserError("The UNet draws values that are not finite in bfloat16.")
+    def fail(*given):
+        batches.append(given[1])
+        raise UserError("it is gone.")
 
-    judge = preview.Preview(drawn.args)
-    monkeypatch.setattr(model, "sample", diverged)
-    assert judge.draw(None, 2, lambda: None) == (None, False)
-    assert [len(some) for some in batches] == [2, 2]
-    assert "step 2 lacks pictures or scores (The UNet draws" in capsys.readouterr().err
+    drawn(0, [20] * 4)
+    with monkeypatch.context() as only:
+        only.setattr(scorers, "load", fail)
+        assert drawn(1, [30] * 4) == (None, False)
+    batches.clear()
+    monkeypatch.setattr(model, "sample", fail)
+    assert preview.Preview(drawn.args).draw(None, 2, lambda: None) == (None, False)
+    assert batches == [PROMPTS[:2], PROMPTS[2:]]  # all are drawn: a forward may be collective
+    said = capsys.readouterr().err
+    for step in (1, 2):
+        assert f"step {step} lacks pictures or scores (it is gone.)" in said
 
 
 def test_other_ranks_write_nothing_and_take_rank_0s_answer(drawn, monkeypatch):
@@ -222,11 +211,7 @@ def test_other_ranks_write_nothing_and_take_rank_0s_answer(drawn, monkeypatch):
 
 
 def test_a_kill_at_any_instant_leaves_best_as_best_json_says_or_no_best_json(tmp_path, monkeypatch):
-    args = Namespace(
-        out=tmp_path, guidance=1.0, micro_batch=1, judge="clip", scorer_folder=None,
-        sample_prompts=None, data="pairs",
-    )  # fmt: skip
-    one, left = preview.Preview(args), []
+    one, left = preview.Preview(settings(tmp_path)), []
 
     def interrupted(action):
         def act(*given, **options):
@@ -266,15 +251,6 @@ def test_a_kill_at_any_instant_leaves_best_as_best_json_says_or_no_best_json(tmp
     monkeypatch.undo()
     delete_unfinished(tmp_path)  # as the next job does at its start
     assert {path.name for path in tmp_path.iterdir()} == {"best", "best.json"}
-
-
-def refuse(command: list[str], capsys) -> str:
-    with pytest.raises(SystemExit) as stop:
-        train_inpo.main(command)
-    assert stop.value.code == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(said) == 1
-    return said[0]
 
 
 def test_scorers_and_prompts_that_cannot_be_used_are_refused_before_training(
@@ -317,23 +293,30 @@ def fake_judge(rank: int = 0):
     return judge, spy
 
 
+@pytest.fixture
+def judged(monkeypatch):
+    """Runs in this process are judged by the fake judge, on pictures of two steps."""
+    judge, draw = fake_judge()
+    monkeypatch.setattr(scorers, "load", lambda name, folder, device="cpu": judge)
+    monkeypatch.setattr(preview.Preview, "draw", draw)
+    monkeypatch.setattr(preview, "STEPS", 2)
+
+
 def bitwise(a: Path, b: Path) -> bool:
     a, b = (next(folder.glob("*.safetensors")) for folder in (a, b))
     a, b = load_file(a), load_file(b)
     return a.keys() == b.keys() and all((a[key] == b[key]).all() for key in a)
 
 
-@pytest.mark.parametrize("flags", [{}, {"lora_rank": 2}])
-def test_best_is_the_model_of_its_step_also_after_a_crash(flags, argv, tmp_path, monkeypatch):
-    judge, spy = fake_judge()
-    monkeypatch.setattr(scorers, "load", lambda name, folder, device="cpu": judge)
-    monkeypatch.setattr(preview.Preview, "draw", spy)
-    monkeypatch.setattr(preview, "STEPS", 2)
+def test_best_is_the_model_of_its_step_also_after_a_crash(judged, argv, tmp_path, capsys):
     out = tmp_path / "run"
 
     def train(steps: int):
         each = {"sample_every": 1, "export_every": 1, "checkpoint_every": 1, "keep": 9}
-        train_inpo.main(argv(steps=steps, judge="clip", guidance=2, **each, **flags))
+        train_inpo.main(argv(steps=steps, judge="clip", guidance=2, **each))
+        assert f"The model of step 2, whose pictures clip liked best, is in {out / 'best'}." in (
+            capsys.readouterr().out
+        )
 
     def check(step: int):
         assert json.loads((out / "best.json").read_text())["step"] == step
@@ -359,12 +342,8 @@ def test_best_is_the_model_of_its_step_also_after_a_crash(flags, argv, tmp_path,
 
 @pytest.mark.parametrize("instant", ["a kill after the checkpoint", "a signal amid drawing"])
 def test_what_a_step_shows_is_made_on_resume_where_the_run_stopped_before(
-    instant, argv, tmp_path, monkeypatch, capsys
+    instant, judged, argv, tmp_path, monkeypatch, capsys
 ):
-    judge, spy = fake_judge()
-    monkeypatch.setattr(scorers, "load", lambda name, folder, device="cpu": judge)
-    monkeypatch.setattr(preview.Preview, "draw", spy)
-    monkeypatch.setattr(preview, "STEPS", 2)
     (tmp_path / "four.txt").write_text("\n".join(PROMPTS))
     out, sample, drawn = tmp_path / "run", model.sample, []
 
@@ -402,11 +381,7 @@ def test_what_a_step_shows_is_made_on_resume_where_the_run_stopped_before(
     assert bitwise(out / "best", out / "unets" / "step_000002")
 
 
-def test_a_full_disk_costs_the_best_model_but_not_the_run(argv, tmp_path, monkeypatch, capsys):
-    judge, spy = fake_judge()
-    monkeypatch.setattr(scorers, "load", lambda name, folder, device="cpu": judge)
-    monkeypatch.setattr(preview.Preview, "draw", spy)
-    monkeypatch.setattr(preview, "STEPS", 2)
+def test_a_full_disk_costs_the_best_model_but_not_the_run(judged, argv, tmp_path, capsys):
     with small_disk(200_000), pytest.raises(SystemExit) as stop:  # less than a UNet
         train_inpo.main(argv(sample_every=1, export_every=1, judge="clip", guidance=2))
     out, said = tmp_path / "run", capsys.readouterr().err
@@ -418,11 +393,11 @@ def test_a_full_disk_costs_the_best_model_but_not_the_run(argv, tmp_path, monkey
     assert not list(out.glob("best*"))
 
 
-def test_under_zero_3_all_ranks_keep_the_best_model_together(argv, ds_config, tmp_path):
+def test_under_zero_3_all_ranks_keep_the_best_adapters_together(argv, ds_config, tmp_path):
     each = {"sample_every": 1, "export_every": 1, "steps": 3, "judge": "clip", "guidance": 2}
-    todo = tmp_path / "todo.json"
-    todo.write_text(json.dumps(argv(ds_config=ds_config(3), **each)))
-    launch([str(todo)], 2, "tests/test_preview.py")
+    command = tmp_path / "command.json"
+    command.write_text(json.dumps(argv(ds_config=ds_config(3), lora_rank=2, **each)))
+    launch([str(command)], 2, "tests/test_preview.py")
     out = tmp_path / "run"
     assert json.loads((out / "best.json").read_text())["step"] == 2
     assert bitwise(out / "best", out / "unets" / "step_000002")

@@ -40,6 +40,7 @@ from training.folder import (
     lock,
     read_metrics,
     result_settings,
+    resumes_at,
 )
 from training.latents import draw_timesteps, generators, stratum
 from training.run import Run
@@ -110,7 +111,7 @@ def test_a_run_says_on_resume_that_its_code_is_not_the_one_it_began_with(argv, m
         monkeypatch.setattr(run, "code_version", lambda code=code: code)
         train_inpo.main(argv(steps=steps, checkpoint_every=1))
         said = [line for line in capsys.readouterr().out.splitlines() if "The code" in line]
-        words = f"The code has changed since this run began ({began} there, {code} now)."
+        words = f"The code has changed since this run started ({began} there, {code} now)."
         assert said == [words] * (code != began)
 
 
@@ -484,7 +485,7 @@ def test_a_folder_with_another_run_is_refused_with_the_differing_keys(argv, caps
     assert "lr" not in sentence
 
 
-def test_a_run_goes_on_with_any_shipped_configuration_of_its_precision():
+def test_a_run_resumes_with_any_shipped_configuration_of_its_precision():
     files = [ROOT / "ds_config.json", *(ROOT / "configs").glob("*.json")]
     configs = {file.stem: {"ds_config": json.loads(file.read_text())} for file in files}
     kinds = {name: result_settings(asked).keys() for name, asked in configs.items()}
@@ -523,7 +524,7 @@ def test_a_full_disk_at_the_start_is_one_sentence_that_names_the_file_and_harms_
         (out / name).mkdir()
     (out / "run.json.0f0f0f0f.new").write_text("{")
     train_inpo.main(command)
-    assert (out / "README.md").exists()
+    assert (out / "README.md").exists() and not list(out.rglob("*.new"))
 
 
 def test_a_folder_is_free_if_it_has_no_more_than_empty_leavings_of_a_start(tmp_path):
@@ -535,6 +536,13 @@ def test_a_folder_is_free_if_it_has_no_more_than_empty_leavings_of_a_start(tmp_p
             check_folder(tmp_path, {})
         (tmp_path / taken).unlink()
     check_folder(tmp_path, {})
+
+
+def test_a_run_resumes_at_its_newest_complete_checkpoint(tmp_path):
+    assert resumes_at(tmp_path) == 0
+    for name in ("step_000002", "step_000010", "step_000011.broken", "step_000012.partial"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert resumes_at(tmp_path) == 10
 
 
 def test_a_second_job_in_the_folder_is_refused_until_the_first_ends(argv, tmp_path, capsys):
@@ -569,7 +577,7 @@ def test_the_lock_ends_with_its_process_however_it_ends_and_not_with_its_childre
         os.kill(worker, signal.SIGKILL)
 
 
-def test_where_the_file_system_has_no_locks_a_run_goes_on(tmp_path, monkeypatch):
+def test_where_the_file_system_has_no_locks_a_run_starts(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 

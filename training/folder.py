@@ -150,7 +150,7 @@ def claim(out: Path, record: dict, facts: dict):
 
 
 def delete_unfinished(out: Path):
-    """Delete what a killed job had begun to write beside its files, see `replacing`."""
+    """Delete what a killed job has left unfinished beside its files, see `replacing`."""
     for scratch in (*out.glob("*.new"), *out.glob("samples/*.new")):
         if scratch.is_dir():
             shutil.rmtree(scratch)

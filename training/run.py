@@ -190,7 +190,9 @@ class Run:
             saved = checkpoint.read_list(path / f"step_{start:06d}")["run"]
             now, self.code = self.code, saved.get("code", self.code)
             if self.code != now:
-                print0(f"The code has changed since this run began ({self.code} there, {now} now).")
+                print0(
+                    f"The code has changed since this run started ({self.code} there, {now} now)."
+                )
         elif engine.module.dtype != torch.float32:
             unet = lora.load_start(self.args, torch.float32).unet
             checkpoint.set_master_weights(engine, unet.state_dict())
@@ -236,7 +238,7 @@ class Run:
         except UserError as error:
             raise UserError(
                 f"--out {self.out}: the aligned model was not written ({error}); make room and "
-                "repeat the command, which continues from the last checkpoint."
+                "repeat the command, which resumes from the last checkpoint."
             ) from error
         print0(f"Wrote the aligned model to {self.out}.")
         if best := self.preview.best():
