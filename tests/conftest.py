@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import (  # noqa: E402
     CLIPTextConfig,
@@ -33,7 +35,7 @@ from transformers import (  # noqa: E402
 
 from lab import pretrain  # noqa: E402
 from system import processes  # noqa: E402
-from system.files import ROOT  # noqa: E402
+from system.files import ROOT, UserError  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------
 # No test depends on those that ran before it in its process.
@@ -159,6 +161,30 @@ def checkpoint(tmp_path_factory):
         return made[kind, prediction, channels]
 
     return get
+
+
+@pytest.fixture
+def on_hub(monkeypatch, tmp_path):
+    """on_hub(folder) -> a hub id whose files are in the cache, as they are once downloaded."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    def add(folder):
+        name, commit = Path(folder).name, "f00d" * 10
+        repository = tmp_path / "cache" / f"models--owner--{name}"
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+        return f"owner/{name}"
+
+    return add
+
+
+def refusal(action, *arguments, **options) -> str:
+    """The one sentence of a UserError."""
+    with pytest.raises(UserError) as error:
+        action(*arguments, **options)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+    return str(error.value)
 
 
 def png(color) -> bytes:
