@@ -2,10 +2,10 @@
 
     python -m lab.chaos --kills 20 --out out/chaos      # make chaos: writes docs/reliability.md
 
-Both runs have the same flags. The disturbed one is killed with SIGKILL, all ranks at once or one of
-them, or stopped with SIGTERM to one rank; then the same command is given again, until it finishes.
-Checkpoints are written after every step, so that many kills fall into the writing of one. At the
-end the weights must be equal to the last bit, and every step must have been logged once.
+Both runs have the same flags. In the disturbed one a SIGKILL ends all ranks or one of them, or a
+SIGTERM stops one rank; then the same command starts it again, until it finishes. Each step writes a
+checkpoint, so that many kills come while one is written. At the end the weights must be equal to
+the last bit, and every step must have been logged once.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""A study's results: who wins, at what cost, and what is left when all have moved equally far.
+"""A study's results: who wins, at what cost, and what is left where all have moved equally far.
 
-`study.py` judges runs at several steps; here the judgements of a variant's training seeds are put
+A study judges its runs at several steps; here the judgements of a variant's training seeds are put
 together. Intervals are 95 %, over prompts, with the images of all training seeds kept together
-(winrate.interval): they say what other prompts would show. In parentheses stand the lowest and the
+(winrate.interval): they tell what other prompts would show. Parentheses hold the lowest and the
 highest training seed, a range that another seed often exceeds."""
 
 from pathlib import Path
@@ -17,8 +17,9 @@ from evaluation import figures, tables, winrate
 
 
 class Results:
-    """Judgements by variant: {variant, seed, step, calls, preference, faithfulness, drift} each,
-    those of the base with variant "base". prompts: the prompt of each image."""
+    """Judgements, each {variant, seed, step, calls, preference, faithfulness, drift}.
+
+    The base's judgement has the variant "base". prompts: the prompt of each image."""
 
     def __init__(self, judgements: list[dict], prompts: list[str]):
         self.prompts = prompts
@@ -32,38 +33,41 @@ class Results:
         return sorted({step for name, _, step in self._at if name == variant})
 
     def get(self, variant: str, step: int, key: str) -> np.ndarray:
-        """One row per training seed; step -1 is the last. Of "base" the same row for every seed."""
+        """Scores, a row for each training seed; step -1 is the last. All rows of "base" agree."""
         if variant == "base":
             return np.array([self.base[key]] * len(self.seeds))
         step = self.steps(variant)[-1] if step == -1 else step
         return np.array([self._at[variant, seed, step][key] for seed in self.seeds])
 
     def wins(self, variant: str, against: str, step: int = -1) -> dict:
-        """winrate.win_rate on the preference, all training seeds together, and `seeds`, the rate of
-        each. Seed s of one meets seed s of the other."""
+        """winrate.win_rate on the preference, over all training seeds; `seeds` has each one's rate.
+
+        A seed of one variant meets the same seed of the other."""
         a, b = (self.get(name, step, "preference") for name in (variant, against))
         rate = winrate.win_rate(a.ravel(), b.ravel(), self.prompts * len(self.seeds))
         return rate | {"seeds": (a > b).mean(1).tolist()}
 
     def gain(self, variant: str, against: str, step: int = -1) -> dict:
-        """winrate.average of the difference in preference, image by image, and `seeds`."""
+        """winrate.average of the difference in preference, image by image; `seeds` as in `wins`."""
         a, b = (self.get(name, step, "preference") for name in (variant, against))
         stats = winrate.average((a - b).ravel(), self.prompts * len(self.seeds))
         return stats | {"seeds": (a - b).mean(1).tolist()}
 
     def mean(self, variant: str, key: str, step: int = -1) -> dict:
-        """winrate.average of a score over images and training seeds, and `seeds`."""
+        """winrate.average of a score over images and training seeds; `seeds` as in `wins`."""
         values = self.get(variant, step, key)
         share = key == "faithfulness"
         stats = winrate.average(values.ravel(), self.prompts * len(self.seeds), share)
         return stats | {"seeds": values.mean(1).tolist()}
 
     def path(self, variant: str, seed: int, key: str) -> np.ndarray:
-        """A quantity along a run, the base first: step, calls, drift, preference and faithfulness
-        (means), or wins (share of images better than the base's, ties half)."""
+        """A quantity along a run, the base first: step, calls, drift, the mean of preference or
+        faithfulness, or wins, the share of images better than the base's.
+
+        A tie counts half, so that a run starts at one half."""
         runs = [self._at[variant, seed, step] for step in self.steps(variant)]
         points = [self.base | {"step": 0, "calls": 0, "drift": 0.0}, *runs]
-        if key == "wins":  # ties count half, so that a run starts at one half
+        if key == "wins":
             base = np.array(self.base["preference"])
             wins = [np.array(p["preference"]) - base for p in points]
             return np.array([((w > 0) + 0.5 * (w == 0)).mean() for w in wins])
@@ -74,10 +78,10 @@ class Results:
 
 
 def at_drift(drift: np.ndarray, values: np.ndarray, level: float) -> float:
-    """The value where a run first has moved as far as `level`; nan where it never has, or had
-    before its first judgement. The first point is the base, at drift 0.
+    """The value where a run has first moved as far as `level`; the first point is the base.
 
-    Linear between judgements in the root of the drift, which grows evenly along a straight way."""
+    NaN where it never has, and where it had done so before its first judgement. Between judgements
+    the value is linear in the root of the drift, which grows evenly along a straight way."""
     reached = np.flatnonzero(drift >= level)
     if not len(reached) or 0 < level < drift[1]:
         return float("nan")
@@ -90,8 +94,9 @@ def at_drift(drift: np.ndarray, values: np.ndarray, level: float) -> float:
 
 
 def common_levels(results: Results, variants: list[str]) -> list[float]:
-    """A sixteenth, a quarter and all of the largest drift that every run has reached: a quarter,
-    half and all of the way."""
+    """A quarter, half and all of the way that every run has gone.
+
+    Drift is quadratic: these are a sixteenth, a quarter and all of the largest common drift."""
     farthest = min(results.path(v, s, "drift").max() for v in variants for s in results.seeds)
     return [farthest / 16, farthest / 4, farthest]
 
@@ -129,7 +134,9 @@ def cell(stats: dict, key: str, unit: float = 100, form: str = ".1f") -> str:
 
 
 def wins_table(results: Results, columns: dict[str, int]) -> str:
-    """All against all: a row per pair, wins and gain in preference for each {heading: step}."""
+    """All against all: a row for each pair, with wins and gain in preference at each step.
+
+    columns: {heading: step}."""
     names = ["base", *results.variants]
     rows = []
     for a, b in [(a, b) for i, a in enumerate(names) for b in names[:i]]:
@@ -143,7 +150,7 @@ def wins_table(results: Results, columns: dict[str, int]) -> str:
 
 
 def scores_table(results: Results, step: int = -1, variants: list[str] = ()) -> str:
-    """A row per variant (all, if none is given) after the base."""
+    """A row for the base and one for each variant; () means all of them."""
     rows = []
     for name in ["base", *(variants or results.variants)]:
         base, drift = name == "base", results.get(name, step, "drift").mean()
@@ -157,8 +164,9 @@ def scores_table(results: Results, step: int = -1, variants: list[str] = ()) -> 
 
 
 def matched_table(results: Results, variants: list[str]) -> str:
-    """Mean preference and faithfulness where all have moved equally far; mean and range of the
-    training seeds. Nothing where a seed was not judged before it had moved that far."""
+    """Preference and faithfulness where all have moved equally far: mean and range of the seeds.
+
+    "not measured" where a seed had moved that far before its first judgement."""
     levels, rows = common_levels(results, variants), []
     for variant in variants:
         row = [variant]
@@ -166,8 +174,9 @@ def matched_table(results: Results, variants: list[str]) -> str:
             for key, unit, form in (("preference", 1, ".3f"), ("faithfulness", 100, ".1f")):
                 paths = results.paths(variant, "drift", key)
                 values = [unit * at_drift(drift, y, level) for drift, y in paths]
-                spread = f" ({min(values):{form}} to {max(values):{form}})"
-                text = f"{np.mean(values):{form}}" + spread * (len(values) > 1)
+                text = f"{np.mean(values):{form}}"
+                if len(values) > 1:
+                    text += f" ({min(values):{form}} to {max(values):{form}})"
                 row.append("not measured" if np.isnan(values).any() else text)
         rows.append(row)
     keys = ("preference", "faithfulness, %,")
@@ -177,7 +186,7 @@ def matched_table(results: Results, variants: list[str]) -> str:
 
 
 def cost_table(costs: dict[str, list[dict]]) -> str:
-    """costs[variant]: cost.json of each of its runs."""
+    """What training cost. costs[variant]: the cost.json of each of its runs."""
     rows = []
     for variant, runs in costs.items():
         mean = {k: np.mean([r[k] for r in runs]) for k in ("unet_calls", "flops", "seconds")}
@@ -206,7 +215,7 @@ LABELS = {
 
 
 def panels(results: Results, variants: list[str], axes: list[tuple[str, str]]) -> list[dict]:
-    """A panel for figures.trajectories for each pair of axes, (x, y) of LABELS."""
+    """A panel of figures.trajectories for each pair (x, y) of axes; LABELS names what they show."""
     return [
         {
             "title": f"{y.capitalize()} by {x}",
@@ -220,7 +229,7 @@ def panels(results: Results, variants: list[str], axes: list[tuple[str, str]]) -
 
 
 def samples(folders: dict[str, Path], prompts: list[str], path: Path, rows: int = 6):
-    """Rows: prompts, evenly spaced; columns: models; from the same seeds."""
+    """A picture whose rows are prompts, evenly spaced, and whose columns are models."""
     chosen = [round(k) for k in np.linspace(0, len(prompts) - 1, rows)]
     pixels = [[Image.open(folder / f"{k:05d}.png") for folder in folders.values()] for k in chosen]
     figures.grid(pixels, [prompts[k] for k in chosen], list(folders)).save(path)

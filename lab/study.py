@@ -65,8 +65,8 @@ class Variant:
     """A line of train_inpo.py --model tiny, and the steps at which it is judged."""
 
     name: str
-    flags: str  # beside --model, --seed, --steps and --out
-    judged: tuple[int, ...]  # after these optimizer steps, the last of which ends the run
+    flags: str  # besides --model, --seed, --steps and --out
+    judged: tuple[int, ...]  # after these optimizer steps; the last one ends the run
     group: str = ""  # heading in the report
 
     @property
@@ -92,7 +92,7 @@ NAMES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "inpo": "InPO"}
 
 
 def table_study() -> Study:
-    """Judged early, too: within the first steps each method leaves the base by its own way."""
+    """Four methods, judged early as well: each leaves the base in a way of its own."""
     judged = {"inpo": (2, 4, 6, *range(10, 60, 10)), "sft": (10, 20, 40, *range(60, 380, 60))}
     judged["dpo"] = judged["kto"] = (5, 10, *range(20, 142, 20))
     variants = [Variant(NAMES[m], f"--method {m}", (*judged[m], EQUAL[m])) for m in NAMES]
@@ -106,7 +106,7 @@ def tune_study() -> Study:
         rates, betas = ("5e-6", "1e-5", "2e-5"), (" --beta 1000", " --beta 5000")
         if method == "sft":
             rates, betas = ("2e-6", "5e-6", "1e-5", "2e-5", "4e-5", "1e-4"), ("",)
-        if method == "dpo":  # its best of the first six was at the edge, and of the first eight
+        if method == "dpo":  # the best of its first six was at the edge, and so of its first eight
             rates = ("1e-6", "2e-6", *rates)
         for rate in rates:
             for beta in betas:

@@ -145,7 +145,7 @@ class ByHand:
     "flags, stage, ranks",
     [
         ({"method": "dpo"}, 2, 1),
-        ({"method": "dpo"}, 3, 2),
+        ({"method": "dpo", "strata": 10}, 3, 2),
         ({"method": "kto"}, 2, 1),
         ({"method": "kto"}, 2, 2),
         ({"method": "sft", "beta": None}, 2, 1),
