@@ -429,6 +429,10 @@ def mistakes(tmp_path, argv, ds_config, checkpoint):
     no_json, auto = tmp_path / "no.json", tmp_path / "auto.json"
     no_json.write_text("{bf16: on}")
     auto.write_text('{"bf16": {"enabled": "auto"}}')
+    offload = tmp_path / "offload.json"
+    offload.write_text(
+        '{"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}'
+    )
     return {
         "unknown model": ({"model": "sdlx"}, ["sdlx", "sdxl, sd15, tiny"]),
         "folder that is no pipeline": ({"model": tmp_path / "empty"}, ["model_index.json"]),
@@ -448,6 +452,7 @@ def mistakes(tmp_path, argv, ds_config, checkpoint):
         "folder of something else": ({"out": tmp_path / "full"}, ["full", "empty folder"]),
         "ds_config that is no JSON": ({"ds_config": no_json}, ["no.json", "JSON"]),
         "ds_config with auto": ({"ds_config": auto}, ["auto.json", "bf16.enabled"]),
+        "ZeRO-1 with offload": ({"ds_config": offload}, ["offload.json", "ZeRO-2 or ZeRO-3"]),
         "no ds_config": ({"ds_config": tmp_path / "no.where"}, ["no.where"]),
         "no prompts file": ({"sample_prompts": tmp_path / "no.txt"}, ["no.txt"]),
     }  # fmt: skip

@@ -40,7 +40,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from system.files import UserError
 from training import lora
 from training.latents import stratum
 
@@ -237,8 +236,6 @@ def state(
     zero = ds_config["zero_optimization"]
     stage, bucket = zero["stage"], int(zero.get("reduce_bucket_size", BUCKET))
     offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    if offload and stage == 1:
-        raise UserError("The DeepSpeed configuration's offload_optimizer needs ZeRO-2 or ZeRO-3.")
 
     # Bytes of a weight, of an accumulated gradient, and of one on its way to other ranks.
     size = accumulated = sent = dtype.itemsize

@@ -59,11 +59,14 @@ def complete(config: dict, args: argparse.Namespace, accumulation: int) -> dict:
             f"--ds-config {args.ds_config}: under ZeRO, Adafactor would see flat partitions, which "
             "is another algorithm; take AdamW."
         )
-    if config.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") not in (1, 2, 3):
         raise UserError(
             f"--ds-config {args.ds_config}: zero_optimization.stage must be 1, 2 or 3; on one GPU, "
             "1 is plain training."
         )
+    if zero["stage"] == 1 and zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        raise UserError(f"--ds-config {args.ds_config}: offload_optimizer needs ZeRO-2 or ZeRO-3.")
     if config.get("tensorboard", {}).get("enabled"):
         config["tensorboard"] |= {"output_path": str(args.out), "job_name": "tensorboard"}
     if get_accelerator().device_name() == "cpu":
