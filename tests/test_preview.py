@@ -261,7 +261,7 @@ def test_scorers_and_prompts_that_cannot_be_used_are_refused_before_training(
     (tmp_path / "free.txt").write_text("a bear\n")
     for flags, words in (
         ({"judge": "hps"}, ["scorer hps", "put the file at"]),
-        ({"judge": "clip", "scorers": tmp_path / "nowhere"}, ["scorer clip", "nowhere"]),
+        ({"judge": "clip", "scorer_folder": tmp_path / "nowhere"}, ["scorer clip", "nowhere"]),
         ({"judge": "preference", "sample_prompts": tmp_path / "free.txt"}, ["scorer preference"]),
         ({"sample_prompts": tmp_path / "empty.txt"}, ["empty.txt", "no prompt"]),
         ({"sample_prompts": tmp_path / "latin.txt"}, ["latin.txt", "UTF-8"]),
