@@ -55,13 +55,13 @@ def planned(argv: list[str]) -> dict[str, str]:
 
 
 def test_a_dry_run_copies_no_data(argv, monkeypatch, tmp_path):
-    """It reads parquet where it lies: of Pick-a-Pic the copy would take 335 GB."""
+    """It reads the labels alone: of Pick-a-Pic the copy would take 335 GB."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     dry = plan.check(parse("", [*argv(), "--dry-run"]))
     assert not (tmp_path / "cache").exists()
     wet = plan.check(parse("", argv()))
     assert any((tmp_path / "cache").rglob("*.arrow"))
-    assert len(dry.pairs) == len(wet.pairs)
+    assert len(dry.pairs) == len(wet.pairs) and dry.fingerprint != wet.fingerprint
 
 
 # -------------------------------------------------------------------------------------------------
