@@ -8,7 +8,11 @@ READY_DEV := .venv/ready-dev
 .PHONY: demo test test-all lint table tune ablation bench chaos clean
 
 $(READY): requirements.txt
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+		"This needs Python 3.11 or newer, and $(PYTHON) is not: make $(MAKECMDGOALS) PYTHON=python3.11"; \
+		exit 1; }
+	@echo "Installing into .venv, once: 0.4 GB to download, several with a torch for CUDA."
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	touch $@
 
