@@ -1,4 +1,4 @@
-"""Optimizer steps of InPO by hand: no DeepSpeed, no peft, no invert.py and loss.py (eta 0)."""
+"""Optimizer steps by hand: no DeepSpeed, no peft, no invert.py and loss.py (eta 0)."""
 
 import copy
 import json
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from torch import Tensor
 from torch.func import functional_call
 
 import data
@@ -14,86 +15,116 @@ from training.flags import parse
 from training.latents import draw_timesteps, generators
 
 
-def start(args) -> tuple:
-    """(pipeline, its UNet's weights, low-rank factors {layer: (A, B)}, the scale of B A)."""
-    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(args.model)
-    if not args.lora_rank:
-        return pipe, {k: w.detach() for k, w in pipe.unet.named_parameters()}, {}, 0.0
-    adapted = copy.deepcopy(pipe.unet)  # for A's random values alone
-    lora.attach(adapted, args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
-    drawn = {name: w.detach().clone() for name, w in lora.trainable(adapted).items()}
-    layers = {name.split(".lora_A")[0] for name in drawn if ".lora_A" in name}
-    factors = {
-        layer: tuple(drawn[f"{layer}.lora_{side}.default.weight"] for side in "AB")
-        for layer in sorted(layers)
-    }
-    weights = {k: w.detach() for k, w in pipe.unet.named_parameters()}
-    return pipe, weights, factors, args.lora_alpha / args.lora_rank
+def merged(weights: dict[str, Tensor], factors: dict[str, Tensor], scale: float) -> dict:
+    """W + scale B A in the place of W; factors: by lora.py's names."""
+    weights = dict(weights)
+    for name, a in factors.items():
+        if ".lora_A." in name:
+            place = name.split(".lora_A.")[0] + ".weight"
+            weights[place] = weights[place] + scale * factors[name.replace("lora_A", "lora_B")] @ a
+    return weights
 
 
-def steps(argv: list[str], accumulation: int = 2) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """The UNet's weights, B A added, and the losses that train_inpo.py should give."""
-    args = parse("", argv)
-    pipe, frozen, factors, scale = start(args)
-    abar, unet = pipe.scheduler.alphas_cumprod, pipe.unet
-    trained = [w for pair in factors.values() for w in pair] or list(
-        map(torch.clone, frozen.values())
-    )
-    for weight in trained:
-        weight.requires_grad_()
+class ByHand:
+    """What train_inpo.py should give: after each step the UNet's weights (B A added) and the loss;
+    KTO's reference points, and the UNet calls.
 
-    def policy() -> dict[str, torch.Tensor]:
-        if not factors:
-            return dict(zip(frozen, trained, strict=True))
-        low = {f"{layer}.weight": scale * b @ a for layer, (a, b) in factors.items()}
-        return {name: w + low[name] if name in low else w for name, w in frozen.items()}
+    ranks: of the run. kl_ranks: how many of them share KTO's reference point; it must be all."""
 
-    config = json.loads(Path(args.ds_config).read_text())
-    eps, clipping = config["optimizer"]["params"]["eps"], config["gradient_clipping"]
-    adamw = torch.optim.AdamW(trained, args.lr, (0.9, 0.999), eps, 0.01)
-    items = data.Pairs(
-        data.read_pairs(args.data), 16, args.seed, "center", args.flip, args.caption_dropout
-    )
-    losses, sigma = [], ((1 - abar) / abar).sqrt()
-    width = 1000 // args.inversion_steps
-    size = 2.0 * torch.tensor([8, 8, 0, 0, 8, 8])
-    for step in range(args.steps):
-        adamw.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / args.warmup)
-        adamw.zero_grad()
-        losses.append(0)
-        for n in range(step * args.batch, (step + 1) * args.batch):
-            item, now = items[n], policy()
-            at_once = args.batch // accumulation
-            t = draw_timesteps(args.seed, [n], at_once, args.inversion_steps, 1000)
-            text, _, pooled, _ = pipe.encode_prompt(
-                item["caption"], do_classifier_free_guidance=False
-            )
-            keep = float(item["caption"] != "")
-            added = {"text_embeds": pooled * keep, "time_ids": size[None]}
-            given, errors = {"added_cond_kwargs": added}, []
-            for side, noise in zip(("winner", "loser"), generators(args.seed, [n]), strict=True):
-                posterior = pipe.vae.encode(item[side][None]).latent_dist
-                draw = torch.randn(1, 4, 8, 8, generator=noise)
-                x0 = (posterior.mean + posterior.std * draw).detach()
-                x0 = x0 * pipe.vae.config.scaling_factor
+    def __init__(self, argv: list[str], ranks: int = 1, kl_ranks: int | None = None):
+        self.args = args = parse("", argv)
+        self.pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(args.model)
+        self.abar = self.pipe.scheduler.alphas_cumprod
+        self.sigma = ((1 - self.abar) / self.abar).sqrt()
+        rows = data.read_pairs(args.data)
+        self.pairs = data.Pairs(rows, 16, args.seed, "center", args.flip, args.caption_dropout)
+        self.start = {name: w.detach() for name, w in self.pipe.unet.named_parameters()}
+        trained = self.start
+        if args.lora_rank:
+            adapted = copy.deepcopy(self.pipe.unet)  # for A's random values alone
+            lora.attach(adapted, args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
+            trained = lora.trainable(adapted)
+        self.trained = {name: w.detach().clone().requires_grad_() for name, w in trained.items()}
+        self.weights, self.losses, self.kls, self.calls = [], [], [], 0
 
-                def predict(weights, x, t, text=text * keep, given=given):
-                    return functional_call(unet, weights, (x, t, text), given).sample
+        config = json.loads(Path(args.ds_config).read_text())
+        eps, clipping = config["optimizer"]["params"]["eps"], config["gradient_clipping"]
+        adamw = torch.optim.AdamW(self.trained.values(), args.lr, (0.9, 0.999), eps, 0.01)
+        micro, together = args.micro_batch * ranks, args.micro_batch * (kl_ranks or ranks)
+        for step in range(args.steps):
+            adamw.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / args.warmup)
+            adamw.zero_grad()
+            self.losses.append(0)
+            for first in range(step * args.batch, (step + 1) * args.batch, together):
+                policy = self.policy()
+                errors = [self.errors(policy, n, micro) for n in range(first, first + together)]
+                loss = sum(self.pair_losses(errors)) / args.batch
+                loss.backward()
+                self.losses[-1] += loss.item()
+            if clipping:
+                torch.nn.utils.clip_grad_norm_(self.trained.values(), clipping)
+            adamw.step()
+            self.weights.append({name: w.detach().clone() for name, w in self.policy().items()})
 
-                xbar, level, shown = x0, torch.zeros(1), torch.zeros_like(t)
-                for to in [*range(width - 1, int(t), width), int(t)]:
-                    with torch.no_grad():
-                        move = predict(now, xbar / (1 + level**2).sqrt(), shown)
-                    xbar = xbar + (sigma[to] - level) * move
-                    level, shown = sigma[to], torch.tensor([to])
-                xt, tau = xbar * abar[t].sqrt(), (xbar - x0) / sigma[t]
-                with torch.no_grad():
-                    err_ref = ((predict(frozen, xt, t) - tau) ** 2).mean()
-                errors.append(((predict(now, xt, t) - tau) ** 2).mean() - err_ref)
-            loss = torch.log1p(torch.exp(args.beta / 2 * (errors[0] - errors[1]))) / args.batch
-            loss.backward()
-            losses[-1] += loss.item()
-        if clipping:
-            torch.nn.utils.clip_grad_norm_(trained, clipping)
-        adamw.step()
-    return {name: w.detach() for name, w in policy().items()}, losses
+    def policy(self) -> dict[str, Tensor]:
+        if not self.args.lora_rank:
+            return self.trained
+        return merged(self.start, self.trained, self.args.lora_alpha / self.args.lora_rank)
+
+    def errors(self, policy: dict[str, Tensor], n: int, at_once: int) -> list[tuple]:
+        """(err, err_ref) of winner and loser of pair n; for SFT of the winner alone."""
+        args, pair = self.args, self.pairs[n]
+        t = draw_timesteps(args.seed, [n], at_once, args.inversion_steps or args.strata, 1000)
+        text, _, pooled, _ = self.pipe.encode_prompt(
+            pair["caption"], do_classifier_free_guidance=False
+        )
+        keep, size = float(pair["caption"] != ""), 2.0 * torch.tensor([[8, 8, 0, 0, 8, 8]])
+        given = {"added_cond_kwargs": {"text_embeds": pooled * keep, "time_ids": size}}
+
+        def predict(weights, x, t):
+            self.calls += 3 if torch.is_grad_enabled() else 1
+            return functional_call(self.pipe.unet, weights, (x, t, text * keep), given).sample
+
+        noises, errors, err_ref = [], [], None
+        for side, generator in zip(("winner", "loser"), generators(args.seed, [n]), strict=True):
+            with torch.no_grad():
+                posterior = self.pipe.vae.encode(pair[side][None]).latent_dist
+                drawn = torch.randn(1, 4, 8, 8, generator=generator)
+                x0 = (posterior.mean + posterior.std * drawn) * self.pipe.vae.config.scaling_factor
+                noises.append(torch.randn(1, 4, 8, 8, generator=generator))
+                if args.method == "inpo":
+                    inverter = policy if args.inverter == "policy" else self.start
+                    xt, tau = self.inverted(predict, inverter, x0, t)
+                else:
+                    tau = noises[0] if args.method == "dpo" else noises[-1]
+                    xt = self.abar[t].sqrt() * x0 + (1 - self.abar[t]).sqrt() * tau
+                if args.method != "sft":
+                    err_ref = ((predict(self.start, xt, t) - tau) ** 2).mean()
+            errors.append((((predict(policy, xt, t) - tau) ** 2).mean(), err_ref))
+            if args.method == "sft":
+                break
+        return errors
+
+    def inverted(self, predict, weights: dict[str, Tensor], x0, t) -> tuple[Tensor, Tensor]:
+        xbar, level, shown = x0, torch.zeros(1), torch.zeros_like(t)
+        width = 1000 // self.args.inversion_steps
+        for to in [*range(width - 1, int(t), width), int(t)]:
+            move = predict(weights, xbar / (1 + level**2).sqrt(), shown)
+            xbar = xbar + (self.sigma[to] - level) * move
+            level, shown = self.sigma[to], torch.tensor([to])
+        return xbar * self.abar[t].sqrt(), (xbar - x0) / self.sigma[t]
+
+    def pair_losses(self, errors: list[list[tuple]]) -> list[Tensor]:
+        beta, share = self.args.beta, self.args.liked_share
+        if self.args.method == "sft":
+            return [err for ((err, _),) in errors]
+        g = [[ref - err for err, ref in pair] for pair in errors]
+        if self.args.method != "kto":
+            return [torch.log1p(torch.exp(-beta / 2 * (g_w - g_l))) for g_w, g_l in g]
+        kl = sum(share * g_w.item() + (1 - share) * g_l.item() for g_w, g_l in g) / len(g)
+        self.kls.append(kl := max(kl, 0.0))
+        return [
+            share * (1 - torch.sigmoid(beta * (g_w - kl)))
+            + (1 - share) * (1 - torch.sigmoid(-beta * (g_l - kl)))
+            for g_w, g_l in g
+        ]

@@ -12,30 +12,34 @@ import shutil
 import signal
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 cache = tempfile.TemporaryDirectory(prefix="datasets-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # before torch; children inherit it
 os.environ |= {"HF_DATASETS_CACHE": cache.name}
 
-import diffusers  # noqa: E402
-import launch  # noqa: E402
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from huggingface_hub import constants  # noqa: E402
-from PIL import Image  # noqa: E402
-from transformers import (  # noqa: E402
+import diffusers
+import launch
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.distributed as dist
+from huggingface_hub import constants
+from PIL import Image
+from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
 )
 
-from lab import pretrain  # noqa: E402
-from system import processes  # noqa: E402
-from system.files import ROOT, UserError  # noqa: E402
+import train_inpo
+from lab import pretrain
+from system import processes
+from system.files import ROOT, UserError
+from training import plan
+from training.folder import read_metrics
 
 # -------------------------------------------------------------------------------------------------
 # No test depends on those that ran before it in its process.
@@ -212,33 +216,35 @@ def pairs(tmp_path_factory):
 ADAMW = {"betas": [0.9, 0.999], "weight_decay": 0.01, "torch_adam": True}
 
 
-@pytest.fixture
-def ds_config(tmp_path):
+@pytest.fixture(scope="session")
+def ds_config(tmp_path_factory):
     """ds_config(stage, clipping, key=value, ...) -> a file.
 
     AdamW's eps is as large as the gradients, clipped to norm 1 or not, which makes a step a smooth
     function of them: rounding near zero does not flip the sign of a step. ZeRO-3 shards even the
     small tensors of a random checkpoint, which it would otherwise keep whole on every rank."""
+    folder = tmp_path_factory.mktemp("ds_config")
 
     def write(stage: int = 2, clipping: float = 1.0, **keys) -> Path:
         config = json.loads((ROOT / "ds_config.json").read_text())
         config["zero_optimization"] |= {"stage": stage, "stage3_param_persistence_threshold": 0}
         config["optimizer"]["params"] = ADAMW | {"eps": 1e-2 if clipping else 1.0}
         config["gradient_clipping"] = clipping
-        path = tmp_path / f"ds_config_{len(list(tmp_path.glob('ds_config_*')))}.json"
+        path = folder / f"{len(list(folder.iterdir()))}.json"
         path.write_text(json.dumps(config | keys))
         return path
 
     return write
 
 
-@pytest.fixture
-def argv(checkpoint, pairs, tmp_path, ds_config):
-    """argv(flag=value, ...) -> a short run's command line; None leaves a flag out."""
+@pytest.fixture(scope="session")
+def command(checkpoint, pairs, ds_config):
+    """command(out, flag=value, ...) -> a short run's command line; None leaves a flag out."""
+    plain = ds_config()
 
-    def build(**flags) -> list[str]:
+    def build(out: Path, **flags) -> list[str]:
         flags = {
-            "model": checkpoint(), "data": pairs, "out": tmp_path / "run", "ds_config": ds_config(),
+            "model": checkpoint(), "data": pairs, "out": out, "ds_config": plain,
             "steps": 2, "batch": 4, "micro_batch": 2, "lr": 1e-2, "warmup": 2, "beta": 500,
             "workers": 0, "sample_every": 0, "checkpoint_every": 0,
         } | flags  # fmt: skip
@@ -246,6 +252,50 @@ def argv(checkpoint, pairs, tmp_path, ds_config):
         return [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
 
     return build
+
+
+@pytest.fixture
+def argv(command, tmp_path):
+    """argv(flag=value, ...) -> that command line, by default into a folder of the test's own."""
+    return lambda **flags: command(**{"out": tmp_path / "run"} | flags)
+
+
+# -------------------------------------------------------------------------------------------------
+# What a run has left.
+
+
+def metrics(out) -> list[dict]:
+    return read_metrics(Path(out))
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    """Of the UNet of a pipeline."""
+    return diffusers.UNet2DConditionModel.from_pretrained(Path(folder) / "unet").state_dict()
+
+
+def distance(a: dict, b: dict) -> float:
+    """The largest difference of two state dictionaries."""
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def refuse(argv: list[str], capsys) -> str:
+    """The sentence on stderr of a command that must be refused with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train_inpo.main(argv)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    sentences = [line for line in said.splitlines() if line.startswith("train_inpo.py: error: ")]
+    assert len(sentences) == 1 and "Traceback" not in said
+    return sentences[0]
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """The plan takes fp32 on a CPU, where half precision does not pay; here it is made not to."""
+    gpu = SimpleNamespace(device_name=lambda: "cuda")
+    monkeypatch.setattr(plan, "get_accelerator", lambda: gpu)
 
 
 @contextlib.contextmanager

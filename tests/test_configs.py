@@ -2,18 +2,16 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import deepspeed
 import pytest
 import torch
+from conftest import metrics
 from deepspeed.utils import safe_get_full_fp32_param
 
 import train_inpo
-from system import processes
 from system.files import ROOT
 from training import plan
-from training.folder import read_metrics
 
 FILES = [ROOT / "ds_config.json", *sorted((ROOT / "configs").glob("*.json"))]
 HALF = [file for file in FILES if file.stem != "cpu"]
@@ -24,17 +22,13 @@ def ids(file: Path) -> str:
 
 
 @pytest.mark.parametrize("file", FILES, ids=ids)
-def test_every_file_trains_in_its_own_precision(file, argv, tmp_path, monkeypatch):
-    # Without this, half precision is taken out where there is no GPU.
-    monkeypatch.setattr(plan, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "gpu"))
-    train_inpo.main(argv(ds_config=file, lr=1e-3, steps=2))
-    lines = read_metrics(tmp_path / "run")
-    assert [line["step"] for line in lines] == [1, 2]
-    assert lines[0]["implicit_accuracy"] == 0.5 and lines[0]["loss"] == pytest.approx(
-        0.6931, abs=1e-4
-    )
+def test_every_file_trains_in_its_own_precision(file, argv, tmp_path, half):
+    train_inpo.main(argv(ds_config=file, lr=1e-3))
+    first, second = metrics(tmp_path / "run")
+    for side in ("winner", "loser"):  # the policy is the reference; but rounded to 8 or 11 bits ...
+        assert first[f"err_{side}"] == pytest.approx(first[f"err_ref_{side}"], rel=2e-2)
     if "fp16" not in json.loads(file.read_text()):  # there the first steps find the loss scale
-        assert lines[1]["margin"] != 0 and 0 < lines[1]["grad_norm"] < 1e6
+        assert second["margin"] != 0 and 0 < second["grad_norm"] < 1e6
 
 
 def accumulated(config: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,6 +60,5 @@ def test_gradients_accumulate_in_fp32(file):
     config |= {"gradient_accumulation_steps": 64, "train_micro_batch_size_per_gpu": 1}
     config |= {"gradient_clipping": 0.0, "tensorboard": {"enabled": False}}
     config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    processes.join()
     applied, wanted = accumulated(config)
     assert (applied - wanted).norm() < 1e-5 * wanted.norm()

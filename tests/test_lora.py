@@ -5,13 +5,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import conftest  # noqa: F401 - sets the environment before torch, for the launched program, too
 import deepspeed
 import diffusers
 import numpy as np
 import peft
 import pytest
 import torch
+from by_hand import merged
+from conftest import distance  # which sets the environment, for the launched program too
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from launch import ROOT, launch
@@ -134,16 +135,11 @@ def test_the_start_is_a_function_of_the_seed_and_leaves_the_random_state_alone(c
 # The reference.
 
 
-def by_hand(base, weights: dict, scale: float):
-    """base with W + scale B A in the place of W, as a function; weights by lora.py's names."""
+def by_hand(base, factors: dict, scale: float):
+    """base with W + scale B A in the place of W, as a function; factors: by lora.py's names."""
 
     def call(*args, **kwargs):
-        full = dict(base.state_dict())
-        for name, A in weights.items():
-            if ".lora_A." in name:
-                place = name.split(".lora_A.")[0] + ".weight"
-                full[place] = full[place] + scale * weights[name.replace("lora_A", "lora_B")] @ A
-        return functional_call(base, full, args, kwargs)
+        return functional_call(base, merged(base.state_dict(), factors, scale), args, kwargs)
 
     return call
 
@@ -271,11 +267,6 @@ def train_by_hand():
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         adamw.step()
     return start, {name: weight.detach() for name, weight in weights.items()}
-
-
-def distance(a: dict, b: dict) -> float:
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -12,18 +12,18 @@ import deepspeed
 import diffusers
 import pytest
 import torch
+from by_hand import ByHand
+from conftest import distance, metrics, refuse, weights
 from launch import launch
-from test_train import distance, metrics, refuse, weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import model
 import train_inpo
 from loss import kto_loss
-from training import budget, plan, run
+from training import budget, plan, preview, run
 from training.flags import parse
-from training.latents import draw_timesteps, generators
+from training.latents import draw_timesteps
 from training.recipes import recipe_of
 
 METHODS = ("inpo", "dpo", "kto", "sft")
@@ -34,130 +34,35 @@ def flags_of(method: str) -> dict:
     return {"method": method} | ({"beta": None} if method == "sft" else {})
 
 
-def cost_of(out: Path, measured: bool = True) -> dict:
-    cost = json.loads((out / "cost.json").read_text())
-    skip = () if measured else ("seconds", "device_hours", "peak_memory")
-    return {key: value for key, value in cost.items() if key not in skip}
+def cost_of(out: Path) -> dict:
+    return json.loads((out / "cost.json").read_text())
 
 
-def exported(out: Path, step: int) -> diffusers.UNet2DConditionModel:
-    return diffusers.UNet2DConditionModel.from_pretrained(out / "unets" / f"step_{step:06d}")
+def exported(out: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = out / "unets" / f"step_{step:06d}"
+    return diffusers.UNet2DConditionModel.from_pretrained(folder).state_dict()
 
 
 # -------------------------------------------------------------------------------------------------
 # The steps, against those written by hand.
 
 
-class ByHand:
-    """What the script should give, without DeepSpeed, invert.py, loss.py (eta 0): weights and loss
-    after each step, KTO's reference points, and the UNet calls.
-
-    ranks: of the run. kl_ranks: how many of them share KTO's reference point; it must be all."""
-
-    def __init__(self, argv: list[str], ranks: int = 1, kl_ranks: int | None = None):
-        self.args = args = parse("", argv)
-        self.pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(args.model)
-        self.policy, self.reference = self.pipe.unet, copy.deepcopy(self.pipe.unet)
-        self.abar = self.pipe.scheduler.alphas_cumprod
-        rows = data.read_pairs(args.data)
-        self.pairs = data.Pairs(rows, 16, args.seed, "center", args.flip, args.caption_dropout)
-        self.weights, self.losses, self.kls, self.calls = [], [], [], 0
-
-        config = json.loads(Path(args.ds_config).read_text())
-        eps, clipping = config["optimizer"]["params"]["eps"], config["gradient_clipping"]
-        adamw = torch.optim.AdamW(self.policy.parameters(), args.lr, (0.9, 0.999), eps, 0.01)
-        micro, together = args.micro_batch * ranks, args.micro_batch * (kl_ranks or ranks)
-        for step in range(args.steps):
-            adamw.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / args.warmup)
-            adamw.zero_grad()
-            self.losses.append(0)
-            for first in range(step * args.batch, (step + 1) * args.batch, together):
-                errors = [self.errors(n, micro) for n in range(first, first + together)]
-                loss = sum(self.pair_losses(errors)) / args.batch
-                loss.backward()
-                self.losses[-1] += loss.item()
-            if clipping:
-                torch.nn.utils.clip_grad_norm_(self.policy.parameters(), clipping)
-            adamw.step()
-            self.weights.append(copy.deepcopy(self.policy.state_dict()))
-
-    def errors(self, n: int, at_once: int) -> list[tuple]:
-        """(err, err_ref) of winner and loser of pair n; for SFT of the winner alone."""
-        args, pair = self.args, self.pairs[n]
-        cells = args.inversion_steps or args.strata
-        t = draw_timesteps(args.seed, [n], at_once, cells, 1000)
-        text, _, pooled, _ = self.pipe.encode_prompt(
-            pair["caption"], do_classifier_free_guidance=False
-        )
-        keep, size = float(pair["caption"] != ""), 2.0 * torch.tensor([[8, 8, 0, 0, 8, 8]])
-        added = {"text_embeds": pooled * keep, "time_ids": size}
-
-        def predict(unet, x, t):
-            self.calls += 3 if torch.is_grad_enabled() else 1
-            return unet(x, t, text * keep, added_cond_kwargs=added).sample
-
-        noises, errors, err_ref = [], [], None
-        for side, generator in zip(("winner", "loser"), generators(args.seed, [n]), strict=True):
-            with torch.no_grad():
-                posterior = self.pipe.vae.encode(pair[side][None]).latent_dist
-                drawn = torch.randn(1, 4, 8, 8, generator=generator)
-                x0 = (posterior.mean + posterior.std * drawn) * self.pipe.vae.config.scaling_factor
-                noises.append(torch.randn(1, 4, 8, 8, generator=generator))
-                if args.method == "inpo":
-                    xt, tau = self.inverted(predict, x0, t)
-                else:
-                    tau = noises[0] if args.method == "dpo" else noises[-1]
-                    xt = self.abar[t].sqrt() * x0 + (1 - self.abar[t]).sqrt() * tau
-                if args.method != "sft":
-                    err_ref = ((predict(self.reference, xt, t) - tau) ** 2).mean()
-            errors.append((((predict(self.policy, xt, t) - tau) ** 2).mean(), err_ref))
-            if args.method == "sft":
-                break
-        return errors
-
-    def inverted(self, predict, x0, t) -> tuple[torch.Tensor, torch.Tensor]:
-        unet = self.policy if self.args.inverter == "policy" else self.reference
-        sigma = ((1 - self.abar) / self.abar).sqrt()
-        xbar, level, shown = x0, torch.zeros(1), torch.zeros_like(t)
-        for to in [*range(99, int(t), 100), int(t)]:
-            move = predict(unet, xbar / (1 + level**2).sqrt(), shown)
-            xbar = xbar + (sigma[to] - level) * move
-            level, shown = sigma[to], torch.tensor([to])
-        return xbar * self.abar[t].sqrt(), (xbar - x0) / sigma[t]
-
-    def pair_losses(self, errors: list[list[tuple]]) -> list[torch.Tensor]:
-        beta, share = self.args.beta, self.args.liked_share
-        if self.args.method == "sft":
-            return [err for ((err, _),) in errors]
-        g = [[ref - err for err, ref in pair] for pair in errors]
-        if self.args.method != "kto":
-            return [torch.log1p(torch.exp(-beta / 2 * (g_w - g_l))) for g_w, g_l in g]
-        kl = sum(share * g_w.item() + (1 - share) * g_l.item() for g_w, g_l in g) / len(g)
-        self.kls.append(kl := max(kl, 0.0))
-        return [
-            share * (1 - torch.sigmoid(beta * (g_w - kl)))
-            + (1 - share) * (1 - torch.sigmoid(-beta * (g_l - kl)))
-            for g_w, g_l in g
-        ]
-
-
 @pytest.mark.parametrize(
-    "flags, stage, ranks",
+    "flags, ranks",
     [
-        ({"method": "dpo"}, 2, 1),
-        ({"method": "dpo", "strata": 10}, 3, 2),
-        ({"method": "kto"}, 2, 1),
-        ({"method": "kto"}, 2, 2),
-        ({"method": "sft", "beta": None}, 2, 1),
-        ({"method": "inpo", "eta": 0, "inverter": "reference"}, 2, 1),
+        ({"method": "inpo", "eta": 0}, 1),
+        ({"method": "inpo", "eta": 0, "inverter": "reference"}, 1),
+        ({"method": "dpo"}, 1),
+        ({"method": "kto", "strata": 10}, 2),
+        ({"method": "sft", "beta": None}, 1),
     ],
-    ids=lambda value: value["method"] if isinstance(value, dict) else None,
+    ids=["inpo", "inpo-by-reference", "dpo", "kto-2-ranks", "sft"],
 )
 def test_steps_of_each_method_equal_those_written_by_hand(
-    flags, stage, ranks, argv, tmp_path, ds_config, checkpoint
+    flags, ranks, argv, tmp_path, ds_config, checkpoint
 ):
-    clipping = 0.0 if stage == 2 else 1.0  # clipped gradients do not show a wrong scale
-    config, out = ds_config(stage, clipping), tmp_path / "run"
+    """Without clipping: clipped gradients do not show a wrong scale."""
+    out, config = tmp_path / "run", ds_config(clipping=0.0)
     command = argv(**flags, ds_config=config, micro_batch=2 // ranks, export_every=1)
     if ranks == 1:
         train_inpo.main(command)
@@ -167,19 +72,17 @@ def test_steps_of_each_method_equal_those_written_by_hand(
     for step, expected in enumerate(hand.weights, start=1):
         moved = distance(expected, start)
         assert moved > 1e-4  # the test would see a step that was left out
-        assert distance(exported(out, step).state_dict(), expected) < 1e-3 * moved
-    assert distance(exported(out, 2).state_dict(), weights(out)) == 0
+        assert distance(exported(out, step), expected) < 1e-3 * moved
+    assert distance(exported(out, 2), weights(out)) == 0
     lines = metrics(out)
     assert [line["loss"] for line in lines] == pytest.approx(hand.losses, rel=1e-4)
     assert abs(hand.losses[1] - hand.losses[0]) > 1e-4
     assert cost_of(out)["unet_calls"] == hand.calls and cost_of(out)["devices"] == ranks
     if flags["method"] == "kto":
-        assert [line["kl"] for line in lines] == pytest.approx(
-            [sum(hand.kls[:2]) / 2, sum(hand.kls[2:]) / 2], rel=1e-3
-        )
+        kls = [sum(hand.kls[:2]) / 2, sum(hand.kls[2:]) / 2]
+        assert [line["kl"] for line in lines] == pytest.approx(kls, rel=1e-3)
         assert hand.kls[0] == hand.kls[1] == 0 and min(hand.kls[2:]) > 0.01
-    if flags["method"] == "kto" and ranks == 2:  # each rank's own reference point would be seen
-        alone = ByHand(command, ranks, kl_ranks=1)
+        alone = ByHand(command, ranks, kl_ranks=1)  # each rank's own reference point would be seen
         assert abs(alone.losses[1] - hand.losses[1]) > 0.01
         assert distance(alone.weights[1], hand.weights[1]) > 0.1 * moved
 
@@ -261,24 +164,15 @@ def watched_run(argv: list[str], out: Path) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def common(checkpoint, pairs) -> list[str]:
-    """The flags of a short run, in a form that a whole module may share."""
-    return [
-        f"--model={checkpoint()}", f"--data={pairs}", "--batch=4", "--micro-batch=2", "--lr=1e-4",
-        "--warmup=2", "--workers=0", "--sample-every=0", "--checkpoint-every=2",
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def runs(common, tmp_path_factory) -> dict[str, SimpleNamespace]:
+def runs(command, tmp_path_factory) -> dict[str, SimpleNamespace]:
     """A watched run of each method, and of InPO with the reference as inverter; t in 10 cells."""
-    asked = {method: [f"--method={method}"] for method in METHODS}
-    asked |= {method: [*asked[method], "--strata=10"] for method in NOISE}
-    asked["by reference"] = ["--method=inpo", "--inverter=reference"]
+    asked = {method: flags_of(method) for method in METHODS}
+    asked |= {method: asked[method] | {"strata": 10} for method in NOISE}
+    asked["by reference"] = {"method": "inpo", "inverter": "reference"}
     folder, done = tmp_path_factory.mktemp("methods"), {}
     for name, flags in asked.items():
-        flags = [*common, *flags, "--steps=2", "--caption-dropout=0.5", "--checkpoint-every=0"]
-        done[name] = watched_run([*flags, f"--out={folder / name}"], folder / name)
+        flags = command(folder / name, **flags, lr=1e-4, caption_dropout=0.5)
+        done[name] = watched_run(flags, folder / name)
     return done
 
 
@@ -353,6 +247,12 @@ def test_sft_never_shows_a_loser_to_vae_or_unet_and_builds_no_reference(runs):
     always = {"step", "loss", "broken_pairs", "lr", "grad_norm", "seconds", "pairs_per_second"}
     always.add("skipped_steps")
     assert set(line) == always | {"err_winner"} and line["err_winner"] == line["loss"]
+
+
+def test_the_reference_stays_where_the_policy_started(runs, checkpoint):
+    start, seen = weights(checkpoint()), runs["inpo"]
+    assert distance(seen.reference.state_dict(), start) == 0
+    assert distance(seen.policy.module.state_dict(), start) > 1e-6
 
 
 def test_the_reference_inverts_both_images_where_it_is_asked_to(runs):
@@ -471,9 +371,9 @@ def test_an_unknown_method_is_refused_with_the_known_ones(argv, capsys):
     assert stop.value.code == 2 and all(word in error for word in ("--method", "ipo", *METHODS))
 
 
-def test_a_folder_with_a_run_of_another_method_is_refused(runs, capsys):
-    flags = [f"--out={runs['dpo'].out}", "--model=sd15", "--method=kto"]
-    assert "method: dpo there, kto now" in refuse(flags, capsys)
+def test_a_folder_with_a_run_of_another_method_is_refused(runs, argv, capsys):
+    command = argv(out=runs["dpo"].out, method="kto")
+    assert "method: dpo there, kto now" in refuse(command, capsys)
 
 
 @pytest.mark.parametrize(
@@ -568,6 +468,7 @@ def test_time_is_that_of_the_steps_alone(argv, tmp_path, monkeypatch):
     takes(100, model, "sample")
     takes(1000, model, "save_unet")
     takes(10_000, deepspeed.DeepSpeedEngine, "save_checkpoint")
+    monkeypatch.setattr(preview, "STEPS", 2)
     train_inpo.main(argv(method="dpo", sample_every=2, export_every=1, checkpoint_every=1))
     assert now[0] == 8 + 2 * 2 * 100 + 2 * 1000 + 2 * 10_000  # pictures in two batches
     lines = metrics(tmp_path / "run")
@@ -584,51 +485,5 @@ def test_the_model_card_names_the_method(runs):
     }
     for method, title in titles.items():
         card = (runs[method].out / "README.md").read_text()
-        assert f"\ntags: [{method}, " in card and f"-{method}\n" in card
+        assert f"\n- {method}\n" in card.split("---")[1] and f"-{method}\n" in card
         assert [other for other in titles.values() if other in card] == [title]
-
-
-# -------------------------------------------------------------------------------------------------
-# Exports and resuming.
-
-
-@pytest.fixture(scope="module")
-def stopped(common, tmp_path_factory) -> tuple[Path, Path, dict]:
-    """Folders of two runs of KTO, undisturbed and stopped at half, and the weights at half. They
-    export every 2 steps, and every step from half on."""
-    folder = tmp_path_factory.mktemp("stopped")
-    whole, halves = folder / "whole", folder / "halves"
-    kto = [*common, "--method=kto"]
-    train_inpo.main([*kto, f"--out={whole}", "--steps=4", "--export-every=2"])
-    train_inpo.main([*kto, f"--out={halves}", "--steps=2"])
-    half = weights(halves)
-    train_inpo.main([*kto, f"--out={halves}", "--steps=4", "--export-every=1"])
-    return whole, halves, half
-
-
-def test_exports_are_the_unets_at_those_steps(stopped):
-    whole, halves, half = stopped
-    names = [sorted(path.name for path in (out / "unets").iterdir()) for out in (whole, halves)]
-    every = ["step_000002", "step_000003", "step_000004"]  # also of the step that it resumed at
-    assert names == [every[::2], every]
-    assert all(distance(exported(out, 2).state_dict(), half) == 0 for out in (whole, halves))
-    assert distance(exported(whole, 4).state_dict(), half) > 1e-4
-    for out in (whole, halves):
-        last = exported(out, 4)
-        assert distance(last.state_dict(), weights(out)) == 0 and last.dtype == torch.float32
-        final = diffusers.UNet2DConditionModel.from_pretrained(out / "unet")
-        shape = [{k: v for k, v in unet.config.items() if k[0] != "_"} for unet in (last, final)]
-        assert shape[0] == shape[1]
-
-
-def test_kto_resumes_bitwise_with_the_cost_of_an_undisturbed_run(stopped):
-    whole, halves, _ = stopped
-    assert distance(weights(whole), weights(halves)) == 0
-    same = [
-        [{k: v for k, v in line.items() if "second" not in k} for line in metrics(out)]
-        for out in (whole, halves)
-    ]
-    assert same[0] == same[1] and [line["kl"] > 0 for line in same[0]] == [False, True, True, True]
-    assert cost_of(whole, measured=False) == cost_of(halves, measured=False)
-    seconds = sum(line["seconds"] for line in metrics(halves))
-    assert cost_of(halves)["seconds"] == pytest.approx(seconds)

@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from test_train import distance
+from conftest import distance
 
 import model
 import train_inpo
