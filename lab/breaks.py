@@ -274,9 +274,9 @@ def pytest_in(folder: Path, tests: list[str], log: Path):
     What it has of the original project's modules is forgotten."""
     os.setsid()
     os.chdir(folder)
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)
+    for descriptor in (1, 2):
+        os.dup2(sys.stdout.fileno(), descriptor)
     for name in [name for name in sys.modules if name.split(".")[0] in ("lab", "system")]:
         del sys.modules[name]
     sys.modules["__main__"] = types.ModuleType("__main__")  # spawned processes would import it
