@@ -83,10 +83,7 @@ def load_unet(name: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionM
 
 
 def load_pipeline(
-    name: str,
-    unet: str | None = None,
-    vae: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    name: str, unet: str | None = None, vae: str | None = None, dtype: torch.dtype = torch.float32
 ) -> DiffusionPipeline:
     """A pipeline on the CPU, its UNet and VAE replaced by other checkpoints where they are given.
 
@@ -101,8 +98,7 @@ def load_pipeline(
         "feature_extractor": None,
     }
     if sdxl:
-        second = _load(CLIPTextModelWithProjection, path, "text_encoder_2", dtype)
-        parts["text_encoder_2"] = second
+        parts["text_encoder_2"] = _load(CLIPTextModelWithProjection, path, "text_encoder_2", dtype)
     else:
         parts |= {"safety_checker": None, "requires_safety_checker": False}
     load = partial(DiffusionPipeline.from_pretrained, path, **parts)

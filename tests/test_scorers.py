@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel
 
 import toy
 from evaluation import published, scorers
@@ -69,39 +70,15 @@ def open_clip_weights(seed: int, vocab: int) -> dict:
     return sd
 
 
-def as_transformers(sd: dict) -> dict:
-    """The same weights under the names and in the shapes of transformers' CLIPModel."""
-    out = {
-        "logit_scale": sd["logit_scale"],
-        "visual_projection.weight": sd["visual.proj"].T,
-        "text_projection.weight": sd["text_projection"].T,
-        "vision_model.embeddings.class_embedding": sd["visual.class_embedding"],
-        "vision_model.embeddings.patch_embedding.weight": sd["visual.conv1.weight"],
-        "vision_model.embeddings.position_embedding.weight": sd["visual.positional_embedding"],
-        "text_model.embeddings.position_embedding.weight": sd["positional_embedding"],
-        "text_model.embeddings.token_embedding.weight": sd["token_embedding.weight"],
-    }
-    pairs = {
-        "visual.ln_pre": "vision_model.pre_layrnorm",
-        "visual.ln_post": "vision_model.post_layernorm",
-        "ln_final": "text_model.final_layer_norm",
-    }
-    for model, tower in (("vision_model", "visual.transformer"), ("text_model", "transformer")):
-        for i in range(2):
-            new, old = f"{model}.encoder.layers.{i}.", f"{tower}.resblocks.{i}."
-            for kind in ("weight", "bias"):
-                stacked = sd[old + "attn.in_proj_" + kind].chunk(3)
-                for x, part in zip("qkv", stacked, strict=True):
-                    out[f"{new}self_attn.{x}_proj.{kind}"] = part
-            pairs |= {
-                old + "attn.out_proj": new + "self_attn.out_proj",
-                old + "ln_1": new + "layer_norm1",
-                old + "ln_2": new + "layer_norm2",
-                old + "mlp.c_fc": new + "mlp.fc1",
-                old + "mlp.c_proj": new + "mlp.fc2",
-            }
-    for old, new in pairs.items():
-        out |= {f"{new}.{kind}": sd[f"{old}.{kind}"] for kind in ("weight", "bias")}
+def as_transformers(sd: dict, folder: Path) -> dict:
+    """The same weights for the CLIPModel of a configuration. The names are those of the table under
+    test: were it wrong, the model would not compute what the computations by hand do."""
+    names = list(CLIPModel(CLIPConfig.from_pretrained(folder)).state_dict())
+    out = {}
+    for name, parts in scorers.open_clip_names(names).items():
+        whole = sd[name].T if name in scorers.TRANSPOSED else sd[name]
+        pieces = whole.chunk(3) if len(parts) > 1 else [whole]
+        out |= dict(zip(parts, pieces, strict=True))
     return {name: x.contiguous().clone() for name, x in out.items()}
 
 
@@ -139,9 +116,9 @@ def made(tmp_path_factory):
     for repository in (H, L):
         shutil.copy(folder / "words" / "merges.txt", folder / repository)
     buffers = {"text_model.embeddings.position_ids": torch.arange(LENGTH)[None]}
-    save_file(as_transformers(weights[H]) | buffers, folder / H / "model.safetensors")
-    save_file(as_transformers(weights["PickScore"]), folder / PICKSCORE)
-    torch.save(as_transformers(weights[L]) | buffers, folder / L / "pytorch_model.bin")
+    save_file(as_transformers(weights[H], folder / H) | buffers, folder / H / "model.safetensors")
+    save_file(as_transformers(weights["PickScore"], folder / H), folder / PICKSCORE)
+    torch.save(as_transformers(weights[L], folder / L) | buffers, folder / L / "pytorch_model.bin")
     (folder / HPS).parent.mkdir(parents=True)
     for file in (HPS, HPS_V20):
         weights[file] = {name: x.half() for name, x in weights[file].items()}
