@@ -352,9 +352,9 @@ def test_an_adopted_lora_is_trained_on_against_the_model_without_it(
 ):
     """Its targets are not ours: convolutions are among them."""
     options = dict(kohya=True, metadata=False) if written == "by another trainer" else {}
+    file, tensors = write_lora(checkpoint(kind), tmp_path, text=False, alpha=6.0, **options)
     if written == "in fp16":
-        options["change"] = lambda weights: {name: w.half() for name, w in weights.items()}
-    file, _ = write_lora(checkpoint(kind), tmp_path, text=False, alpha=6.0, **options)
+        save_file({name: tensor.half() for name, tensor in tensors.items()}, file)
     theirs, pipeline = (pipeline_of(checkpoint(kind), kind) for _ in range(2))
     theirs.load_lora_weights(file)
     theirs.unet.to(torch.float32)
