@@ -244,6 +244,7 @@ def matrix(tmp_path_factory):
     return folder, found | read(folder), failures, starts | begins()
 
 
+@pytest.mark.slow
 def test_on_any_ranks_and_stage_a_run_resumes_as_if_undisturbed(matrix):
     folder, found, *_ = matrix
     assert len(found) == 2 * 2 * (2 * 9 + 9 + 4)
@@ -259,6 +260,7 @@ def test_on_any_ranks_and_stage_a_run_resumes_as_if_undisturbed(matrix):
                 assert losses == pytest.approx(undisturbed[SAVED:], rel=0.02), pair
 
 
+@pytest.mark.slow
 def test_weights_are_the_engines_fp32_master_weights(matrix):
     folder, *_ = matrix
     for place in (folder / name_of(world, *case) for world in (1, 2) for case in CASES):
@@ -266,6 +268,7 @@ def test_weights_are_the_engines_fp32_master_weights(matrix):
         assert same(checkpoint.weights(place / f"step_{SAVED:06d}"), masters(saved)), place.name
 
 
+@pytest.mark.slow
 def test_in_half_precision_the_master_weights_start_with_all_their_digits(matrix):
     *_, starts = matrix
     assert len(starts) == 2 * 3 * 2 * 2 * 2  # ranks, stages, kinds, precisions, offload
@@ -291,6 +294,7 @@ def fail(folder: Path, stage: int, rank: int) -> list:
     return [*seen, resume(engine, folder), same(state(engine), saved)]
 
 
+@pytest.mark.slow
 def test_a_full_disk_on_one_rank_is_one_sentence_on_all_and_costs_no_older_checkpoint(matrix):
     _, _, failures, _ = matrix
     assert len(failures) == 6

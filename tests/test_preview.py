@@ -392,6 +392,7 @@ def test_a_full_disk_costs_the_best_model_but_not_the_run(judged, argv, tmp_path
     assert not list(out.glob("best*"))
 
 
+@pytest.mark.slow
 def test_under_zero_3_all_ranks_keep_the_best_adapters_together(argv, ds_config, tmp_path):
     each = {"sample_every": 1, "export_every": 1, "steps": 3, "judge": "clip", "guidance": 2}
     command = tmp_path / "command.json"

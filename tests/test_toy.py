@@ -472,6 +472,7 @@ def test_the_picture_of_samples_shows_every_caption_once(tmp_path, monkeypatch, 
     assert picture.width > 12 * 128 and picture.height > 6 * 128
 
 
+@pytest.mark.slow
 def test_pretraining_is_reproducible_from_its_seed(tmp_path):
     weights = []
     for folder in (tmp_path / "one", tmp_path / "two"):
