@@ -35,7 +35,7 @@ from training.preview import Preview
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something done `every` steps (0: never) and after the last one is to be done now."""
+    """Whether `step` is a multiple of `every` or the last step; never if `every` is 0."""
     return every > 0 and (step % every == 0 or step == last)
 
 
@@ -162,11 +162,12 @@ class Run:
     # ----- checkpoints
 
     def save_if_due(self, engine, step: int):
+        """Write a checkpoint where `step` is due."""
         if due(step, self.args.checkpoint_every, self.args.steps):
             self.save(engine, step)
 
     def save(self, engine, step: int) -> str | None:
-        """Write a checkpoint (collective). Where that fails, warn, and return why."""
+        """Write a checkpoint. Where that fails, warn, and return why."""
         clock, keep, every = time.time(), self.args.keep, self.args.keep_every
         settings = folder.result_settings(self.record) | {"code": self.code}
         failure = checkpoint.save(engine, step, self.out / "checkpoints", settings, keep, every)
@@ -213,8 +214,8 @@ class Run:
     # ----- the end
 
     def finish(self, engine, plan: Plan):
-        """Write curves, cost, model card and the aligned pipeline, all in fp32: the parts of the
-        pipeline that were not trained are read again, since they are rounded in memory."""
+        """Write the aligned pipeline in fp32, curves, cost and model card. Parts of the pipeline
+        that were not trained are read again in fp32, since they are rounded in memory."""
         weights, memory = full_weights(engine), peak_memory(engine.device)
 
         @as_os_error()
