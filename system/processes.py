@@ -55,12 +55,6 @@ def print0(*words, file=None):
         print(*words, file=file, flush=True)
 
 
-def print_node(*words, file=None):
-    """Print once a node, for what must stand in the output of every node."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(*words, file=file, flush=True)
-
-
 def spans(ranks: Sequence[int]) -> str:
     """Ascending numbers in short form: [0, 1, 2, 5] is "0-2, 5"."""
     first = [r for r in ranks if r - 1 not in ranks]

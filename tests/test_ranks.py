@@ -18,7 +18,7 @@ from launch import Rank, free_port, launch, start
 
 from system import processes
 from system.files import ROOT, UserError
-from system.program import lost_peer
+from system.program import lost_peer, reported
 
 # -------------------------------------------------------------------------------------------------
 # Two ranks that meet.
@@ -340,9 +340,13 @@ def test_a_node_speaks_once(monkeypatch, capsys):
     for rank, local in ((0, 0), (1, 1), (2, 0), (3, 1)):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(local))
-        processes.print_node("node", rank)
         processes.print0("job", rank)
-    assert capsys.readouterr().out.split("\n") == ["node 0", "job 0", "node 2", ""]
+        with pytest.raises(SystemExit) as stop, reported("a program"):
+            raise UserError(f"wrong on {rank}.")
+        assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == "job 0\n"
+    assert said.err == "a program: error: wrong on 0.\na program: error: wrong on 2.\n"
 
 
 # -------------------------------------------------------------------------------------------------
