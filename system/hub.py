@@ -134,7 +134,7 @@ def find(name: str, what: str, *files: str) -> tuple[Path, str]:
         if (path / "run.json").is_file():
             raise UserError(f"'{source}' is a run without a {what} yet; {export} its checkpoint.")
         if (path / "checkpoint.json").is_file():
-            raise UserError(f"'{source}' is a checkpoint of a run, no {what}; {export} it.")
+            raise UserError(f"'{source}' is a checkpoint of a run, not a {what}; {export} it.")
         raise UserError(f"'{source}' is not a {what}: it has no {' or '.join(files)}.")
     if not path.exists() and re.fullmatch(HUB_ID, source):
         return download(source, what, *files, here="there is no folder of that name here, and ")
@@ -162,14 +162,14 @@ def check_pairs(source: str):
     here = "there is no file or folder of that name here"
     if not re.fullmatch(HUB_ID, source):
         raise UserError(f"Cannot read the pairs '{source}': {here}; give {PAIRS}.")
-    cache = os.environ.get("HF_DATASETS_CACHE", f"{constants.HF_HOME}/datasets")
+    kept = os.environ.get("HF_DATASETS_CACHE", f"{constants.HF_HOME}/datasets")
     owner, name = source.split("/")
     name = name if name.islower() else "*"  # datasets writes MyPairs as my_pairs
-    if any(Path(cache).expanduser().glob(f"{owner}___{name}/*/*/*")):
+    if any(Path(kept).expanduser().glob(f"{owner}___{name}/*/*/*")):
         return
     if source == PICKAPIC:  # yuvalkirstain/PickScore#36
         raise UserError(
-            f"{source} was taken off the hub in 2025, and {cache} holds no copy: give --data, a "
+            f"{source} was taken off the hub in 2025, and {kept} holds no copy: give --data, a "
             f"folder with its parquet files or a copy on the hub such as {MIRROR}."
         )
     if not reachable():
