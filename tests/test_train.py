@@ -496,10 +496,10 @@ def test_a_run_resumes_with_any_shipped_configuration_of_its_precision():
 
 
 def test_a_full_disk_at_the_start_is_one_sentence_that_names_the_file_and_harms_nothing(
-    argv, tmp_path, capsys
+    argv, pairs, tmp_path, capsys
 ):
     command, out = argv(steps=1), tmp_path / "run"
-    train_inpo.main([*command, "--dry-run"])  # makes the cache of the data
+    data.read_pairs(str(pairs), "train")  # makes the cache of the data
     with small_disk(100):
         sentence = refuse(command, capsys)
     assert f"{out / 'run.json'} cannot be written (File too large)" in sentence
