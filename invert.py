@@ -13,10 +13,10 @@ Symbols, for B images (or latents) of shape (B, C, H, W):
     xbar     x / sqrt(abar); in xbar and sigma, deterministic DDIM is Euler's rule for the ODE
              d xbar / d sigma = eps_theta(xt, t)   (DDIM, 2010.02502, eq. 14)
 
-abar lies in (0, 1] and is fp32 or float64; half precision loses the 1 - abar of small t, and raises
-ValueError. At abar = 0, the end of a schedule of zero terminal SNR (2305.08891), sigma is infinite:
-`ddim_invert` takes 2^-24 instead; for the other functions the caller does. The arithmetic is fp32,
-or float64 for float64 images. `ddim_invert` returns that, the others the dtype of their images.
+abar is fp32 or float64; half precision loses the 1 - abar of small t, and raises ValueError. In a
+schedule it lies in [0, 1). At 0, the end of zero terminal SNR (2305.08891), sigma is infinite, and
+`finite_sigma` mends it. The arithmetic is fp32, or float64 for float64 images. `ddim_invert`
+returns that, the others the dtype of their images.
 
 Where this departs from InPO's poster and from its released script (train.py at a9cfc4d):
 
@@ -37,6 +37,15 @@ from torch import Tensor
 
 def _sigma(abar: Tensor) -> Tensor:
     return ((1 - abar) / abar).sqrt()
+
+
+def finite_sigma(abar: Tensor) -> Tensor:
+    """The abar of a schedule, (T,), at least 2^-24. Raises ValueError for any outside [0, 1), since
+    at abar = 1 there is no noise for tau to explain."""
+    lowest, highest = torch.stack(abar.aminmax()).tolist()
+    if not 0 <= lowest <= highest < 1:  # nor NaN
+        raise ValueError(f"abar of a schedule lies in [0, 1); got {lowest:g} to {highest:g}.")
+    return abar.clamp(min=2**-24)
 
 
 def _per_image(abar: Tensor, x: Tensor) -> Tensor:
@@ -141,7 +150,8 @@ def ddim_invert(
     x0 in fp32, t as t -> eps, any dtype. steps: cells of the grid over all of 0..T-1. eta: 0 is the
     deterministic inversion, 1 injects as DDPM does. generator: one, of x0's device or the CPU, or a
     list of one per image, which draws for each what it would get alone. Returns xt, tau, as x0.
-    Raises ValueError for steps outside 1..T, t outside 0..T-1, a list of another length than B.
+    Raises ValueError for steps outside 1..T, t outside 0..T-1, abar outside [0, 1), a list of
+    another length than B.
     Limit: where eps_fn always returns the same eps and eta is 0, tau = eps."""
     if isinstance(generator, list) and len(generator) != len(x0):
         raise ValueError(f"{len(x0)} images need as many generators; got {len(generator)}.")
@@ -150,8 +160,8 @@ def ddim_invert(
     if lowest < 0 or highest >= len(abar):
         raise ValueError(f"t must lie in 0..{len(abar) - 1}; got {lowest} to {highest}.")
     calls = int(torch.searchsorted(edges, highest)) + 1  # cell k: edges[k-1] < t <= edges[k]
-    abar = abar.to(x0.device).clamp(min=2**-24)
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
+    abar = finite_sigma(_per_image(abar, x0).flatten())
 
     shift = torch.zeros_like(x0)  # sigma * tau so far: xbar - x0
     t_from, abar_from = torch.zeros_like(t), torch.ones_like(abar[t])

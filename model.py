@@ -27,8 +27,18 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from invert import finite_sigma
 from system.files import UserError
-from system.hub import PRESETS, architecture, find, kind, lora_file, one_sentence, part_of
+from system.hub import (
+    PRESETS,
+    architecture,
+    find,
+    kind,
+    lora_file,
+    one_sentence,
+    part_of,
+    read_config,
+)
 
 DECODED = 2**20  # pixels that the VAE decodes at once: a picture of SDXL, 256 of the tiny model
 
@@ -43,6 +53,34 @@ if not HF_HUB_DISABLE_PROGRESS_BARS:
 # Load: a preset, a hub id, or a folder in diffusers layout. Safetensors where there are any, else
 # pickles by torch.load(weights_only=True), else the fp16 variant; code that comes with a model is
 # never run.
+
+
+def read_scheduler(name: str):
+    """The noise schedule of a pipeline, without its weights. Raises UserError."""
+    config = read_config(name, "scheduler")
+    cls = getattr(diffusers, str(config.get("_class_name")), diffusers.DDIMScheduler)
+    scheduler = one_sentence(lambda: cls.from_config(config), f"Cannot load the schedule of {name}")
+    check_scheduler(scheduler, name)
+    return scheduler
+
+
+def check_scheduler(scheduler, path: str):
+    """Raises UserError where a model with this scheduler cannot be trained or judged."""
+    if not hasattr(scheduler, "alphas_cumprod"):  # flow matching, EDM
+        name = type(scheduler).__name__
+        raise UserError(f"'{path}' has a {name}, which has no alphas_cumprod.")
+    try:
+        finite_sigma(scheduler.alphas_cumprod.float())
+    except ValueError as error:
+        raise UserError(
+            f"The scheduler of '{path}' has a schedule without noise or without meaning ({error}); "
+            "mend beta_start and beta_end in its scheduler_config.json."
+        ) from error
+    predicts = scheduler.config.get("prediction_type", "epsilon")
+    if predicts not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"'{path}' predicts '{predicts}'; epsilon and v_prediction can be trained here."
+        )
 
 
 def count_parameters(unet_config: dict) -> int:
@@ -106,14 +144,7 @@ def load_pipeline(
     if dtype != torch.float32:
         overflows = sdxl and pipeline.vae.config.force_upcast
         pipeline.vae.to(torch.float32 if overflows else torch.float16)
-    if not hasattr(pipeline.scheduler, "alphas_cumprod"):  # flow matching, EDM
-        scheduler = type(pipeline.scheduler).__name__
-        raise UserError(f"'{path}' has a {scheduler}, which has no alphas_cumprod.")
-    predicts = pipeline.scheduler.config.get("prediction_type", "epsilon")
-    if predicts not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"'{path}' predicts '{predicts}'; epsilon and v_prediction can be trained here."
-        )
+    check_scheduler(pipeline.scheduler, path)
     reads, encoders = pipeline.unet.config, (pipeline.text_encoder, second_encoder(pipeline))
     width = sum(encoder.config.hidden_size for encoder in encoders if encoder is not None)
     pooled = reads.addition_embed_type == "text_time"
@@ -185,8 +216,8 @@ def second_encoder(pipeline: DiffusionPipeline) -> torch.nn.Module | None:
 
 
 def alphas_cumprod(pipeline: DiffusionPipeline) -> Tensor:
-    """abar, (T,) fp32, at least 2^-24: sigma stays finite where a schedule ends on zero SNR."""
-    return pipeline.scheduler.alphas_cumprod.float().clamp(min=2**-24)
+    """abar, (T,) fp32, in [2^-24, 1): sigma stays finite where a schedule ends on zero SNR."""
+    return finite_sigma(pipeline.scheduler.alphas_cumprod.float())
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Laws of invert.py, against diffusers, closed forms and float64."""
 
 import ast
+import math
 import shutil
 import subprocess
 import sys
@@ -284,6 +285,17 @@ def test_a_schedule_that_ends_on_zero_snr_is_clamped_as_model_does(eta):
     torch.testing.assert_close(xt, add_noise(x0, tau, clamped[t]), rtol=0, atol=2e-5)
     if eta == 0:
         assert tau.abs().max() <= 1.3 + 1e-5  # an average of what `curved` predicts
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, 1), (0, 1 - 1e-9), (-1, -0.1), (5, math.nan)])
+def test_a_schedule_outside_0_to_1_is_refused_by_inversion_and_model_alike(place, value):
+    abar = ABAR.clone()
+    abar[place] = value
+    with pytest.raises(ValueError, match=r"abar of a schedule lies in \[0, 1\)"):
+        ddim_invert(curved, torch.zeros(1, 1, 1, 1), torch.tensor([500]), abar)
+    scheduler = SimpleNamespace(alphas_cumprod=abar)
+    with pytest.raises(ValueError, match=r"abar of a schedule lies in \[0, 1\)"):
+        model.alphas_cumprod(SimpleNamespace(scheduler=scheduler))
 
 
 @pytest.mark.parametrize("steps", [-1, 0, 1001])

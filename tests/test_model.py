@@ -147,6 +147,10 @@ def sample_prediction(folder):
     edit(folder / "scheduler" / "scheduler_config.json", prediction_type="sample")
 
 
+def noiseless(folder):
+    edit(folder / "scheduler" / "scheduler_config.json", beta_start=0.0)
+
+
 def index(text):
     return lambda folder: (folder / "model_index.json").write_text(text)
 
@@ -168,6 +172,7 @@ MISTAKES = {  # what is done to the folder (None: the key is the name), and word
     ),
     "truncated": (truncated, "Cannot load the text_encoder"),
     "flow matching": (flow_matching, "a FlowMatchEulerDiscreteScheduler, which has no alphas_cum"),
+    "no noise at t = 0": (noiseless, "abar of a schedule lies in [0, 1); got 0.0"),
     "predicts x0": (sample_prediction, "predicts 'sample'; epsilon and v_prediction can be train"),
 }
 

@@ -64,6 +64,14 @@ def test_a_dry_run_copies_no_data(argv, monkeypatch, tmp_path):
     assert len(dry.pairs) == len(wet.pairs) and dry.fingerprint != wet.fingerprint
 
 
+def test_a_plan_refuses_a_schedule_without_noise(argv, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint(), tmp_path / "noiseless")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_start": 0.0}))
+    with pytest.raises(UserError, match="without noise"):
+        plan.check(parse("", [*argv(model=folder), "--dry-run"]))
+
+
 # -------------------------------------------------------------------------------------------------
 # Memory.
 

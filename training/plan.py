@@ -139,7 +139,7 @@ def check(args: argparse.Namespace) -> Plan:
 
     unet = read_config(args.unet or args.model, "unet")
     vae = read_config(args.vae or args.model, "vae")
-    timesteps = read_config(args.model, "scheduler").get("num_train_timesteps", 1000)
+    timesteps = model.read_scheduler(args.model).config.num_train_timesteps
     strata = args.inversion_steps or args.strata
     if timesteps % strata:
         flag = "--inversion-steps" if args.inversion_steps else "--strata"
