@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 READY_DEV := .venv/ready-dev
 
-.PHONY: demo test test-all lint table tune ablation bench chaos clean
+.PHONY: demo test test-all lint table tune ablation bench chaos fuzz clean
 
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
@@ -46,6 +46,10 @@ lint: $(READY_DEV)
 # Kill a run again and again, and compare it with an undisturbed one.
 chaos: $(READY)
 	$(BIN)/python -m lab.chaos --kills 20 --report docs/reliability.md
+
+# Feed the programs thousands of damaged and odd inputs, and count what they do.
+fuzz: $(READY_DEV)
+	$(BIN)/python -m lab.fuzz --report docs/reliability.md
 
 # Speed, memory and cost of a training step; on a GPU: make bench BENCH="--model sdxl"
 BENCH ?= --model tiny

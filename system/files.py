@@ -77,3 +77,12 @@ def set_aside(paths: list[Path]) -> list[Path]:
     for path, place in zip(paths, places, strict=True):
         path.rename(place)
     return places
+
+
+def write_section(path: Path, heading: str, text: str):
+    """Put `text` under a "## " heading of a Markdown file, in the place of what stands there."""
+    old = path.read_text("utf-8") if path.exists() else ""
+    before, found, after = old.partition(f"## {heading}\n")
+    rest = after[after.index("\n## ") + 1 :] if "\n## " in after else ""
+    before = before if found else f"{before.rstrip()}\n\n".lstrip()
+    write(path, f"{before}## {heading}\n\n{text.strip()}\n" + (f"\n{rest}" if rest else ""))
