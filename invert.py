@@ -161,7 +161,7 @@ def ddim_invert(
         raise ValueError(f"t must lie in 0..{len(abar) - 1}; got {lowest} to {highest}.")
     calls = int(torch.searchsorted(edges, highest)) + 1  # cell k: edges[k-1] < t <= edges[k]
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
-    abar = finite_sigma(_per_image(abar, x0).flatten())
+    abar = finite_sigma(_per_image(abar, torch.empty(0, dtype=x0.dtype))).to(x0.device)
 
     shift = torch.zeros_like(x0)  # sigma * tau so far: xbar - x0
     t_from, abar_from = torch.zeros_like(t), torch.ones_like(abar[t])
