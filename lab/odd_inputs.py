@@ -118,8 +118,8 @@ def picture(kind: str, shade: int) -> bytes | None:
 pictures = st.sampled_from(["png", "jpeg"] * 10 + ["none", "garbage", "half", "bomb", *PICTURES])
 captions = st.one_of(st.none(), st.text(max_size=12).filter(lambda t: t.isprintable()))
 rows = st.lists(
-    st.tuples(pictures, pictures, st.sampled_from((0.0, 1.0, 0.5)), captions, st.integers(0, 255)),
-    min_size=0, max_size=6,
+    st.tuples(pictures, pictures, st.sampled_from((0.0, 1.0, 0.0, 1.0, 0.5)), captions, st.integers(0, 255)),
+    min_size=1, max_size=6,
 )  # fmt: skip
 CASTS = {  # column: Arrow types it may come in, the usual one first
     "jpg_0": (pa.binary(), pa.large_binary(), "image", pa.string(), pa.list_(pa.binary()), None),
@@ -136,7 +136,7 @@ def casts(column: str):
 
 tables_of_pairs = st.fixed_dictionaries(
     {
-        "rows": rows,
+        "rows": st.one_of(*[rows] * 9, st.just([])),
         "casts": st.fixed_dictionaries({name: casts(name) for name in CASTS}),
         "group": st.integers(1, 4),
         "damage": st.one_of(*[st.just([])] * 3, st.lists(damage, max_size=2)),
@@ -228,7 +228,7 @@ NAMES = (
     "train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000-of-00001.parquet",
     "train-00000-of-00001.parquet", "a.parquet", "b [1].parquet", "c*?.parquet", "sub/d.parquet",
     "._a.parquet", ".hidden.parquet", "E.PARQUET", "notes.txt", "state.json", "dataset_dict.json",
-    "dataset_info.json", "data-00000-of-00001.arrow", "__MACOSX/._a.parquet", "é ü.parquet",
+    "f.parquet", "dir/g.parquet", "dataset_info.json", "data-00000-of-00001.arrow", "__MACOSX/._a.parquet", "é ü.parquet",
 )  # fmt: skip
 WHAT = (*["good"] * 20, "empty", "garbage", "cut", "text", "other", "folder", "loop")
 PLACES = ("pairs", "my pairs", "pairs [v2]", "pairs*", "paires é", "pairs.parquet", "a,b=c", "~x")
