@@ -88,6 +88,7 @@ def measure(folder: Path, images: int, steps: list[int] | None = None):
     """Write folder/measured.json, {images, steps: {step: judge(...)}}, for the exports of these
     steps, or for all; [0] is the model that training started from. Raises UserError."""
     file, exports = folder / "measured.json", sorted(folder.glob("unets/step_*"))
+    exports = [export for export in exports if export.name[5:].isdigit()]  # not *.new, of a kill
     paths = {str(int(export.name[5:])): str(export) for export in exports}
     if steps == [0]:
         paths = {"0": hub.PRESETS["tiny"]}
