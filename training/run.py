@@ -222,7 +222,7 @@ class Run:
         return start
 
     def stop_if_asked(self, engine, step: int):
-        """Save `step` and exit if SIGTERM or SIGINT has come, on any rank."""
+        """Save `step` and exit if a signal to stop has come, on any rank."""
         if signum := self.stop.asked():
             where = "the last checkpoint" if self.save(engine, step) else "there"
             name = signal.Signals(signum).name
@@ -317,7 +317,7 @@ def peak_memory(device: torch.device) -> int:
 def measured(lines: list[dict], device: torch.device, memory: int) -> dict:
     """The measured part of cost.json. Its time is that of the steps that count: start, sampling,
     saving and what a crash lost are left out."""
-    seconds, ranks = sum(line["seconds"] for line in lines), dist.get_world_size()
+    seconds, ranks = sum(line.get("seconds") or 0 for line in lines), dist.get_world_size()
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     spent = {"seconds": seconds, "devices": ranks, "device": name}
     return spent | {"device_hours": seconds * ranks / 3600, "peak_memory": memory}
