@@ -224,12 +224,12 @@ def finished(out: Path, steps: int) -> bool:
             return False
         for name, size in sizes.items():
             if (found := (out / name).stat().st_size) != size:
-                raise ValueError(f"{out / name} has {found:,} of {size:,} bytes")
+                raise UserError(f"{out / name} has {found:,} of {size:,} bytes.")
         return True
-    except OSError as error:
-        flaw = f"{out / name} cannot be read ({error.strerror})"
-    except ValueError as error:  # UserError, too
+    except UserError as error:
         flaw = str(error).rstrip(".")
+    except (OSError, ValueError) as error:  # ValueError: of a name that cannot be one
+        flaw = f"{out / name} cannot be read ({getattr(error, 'strerror', None) or error})"
     if at := resumes_at(out):
         warn_once(f"{flaw}; the result is written again from the checkpoint of step {at}.")
         return False
