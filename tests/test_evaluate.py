@@ -26,6 +26,7 @@ import model
 import toy
 from evaluation import gallery, prompts, published, scorers
 from system.files import ROOT, UserError
+from system.lock import alone
 
 # --------------------------------------------------------------------------------------------------
 # A stub: a "model" is a folder whose name says how well it draws.
@@ -433,6 +434,20 @@ def test_other_weights_or_libraries_and_pictures_of_others_are_refused(stub, cap
     assert "manifest.json' is damaged" in refused(capsys)
     Path("out/images/toy/base/manifest.json").unlink()
     assert "holds pictures without a manifest" in refused(capsys)
+
+
+def test_a_second_job_in_the_folder_is_refused_until_the_first_ends(stub, capsys):
+    """Even where both began to check before either wrote: the second would delete the first's."""
+    told = "--out out: another job is writing there; wait for it, or name another folder."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "check_out", lambda out: None)
+        with alone(Path("out")):
+            assert told in refused(capsys) and stub.loaded
+    assert files("out") == {".lock": b""} and not stub.calls
+    stub.loaded.clear()
+    with alone(Path("out")):
+        assert told in refused(capsys) and not stub.loaded
+    run()
 
 
 # --------------------------------------------------------------------------------------------------
