@@ -1,4 +1,4 @@
-"""Laws of program.py: what every program does with its flags."""
+"""What every program does with its flags."""
 
 import argparse
 import importlib
