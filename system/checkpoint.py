@@ -32,7 +32,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch.serialization import set_crc32_options
 
-from system.files import UserError, differences
+from system.files import UserError, differences, read_json, sync, write
 from system.processes import first, gather, on_main, print0, share
 
 LIST = "checkpoint.json"
@@ -52,13 +52,10 @@ def step_of(path: Path) -> int:
 def read_list(path: Path) -> dict:
     """{step, world, stage, run, files: {name: [bytes, CRC-32]}} of a checkpoint, "run" being the
     settings. Raises UserError."""
-    try:
-        facts = json.loads((path / LIST).read_text())
-        if not {"step", "world", "stage", "run", "files"} <= facts.keys():
-            raise ValueError("some of its keys are missing")
-    except (OSError, ValueError, AttributeError) as error:
-        words = getattr(error, "strerror", None) or error
-        raise UserError(f"{path / LIST} cannot be read ({words}).") from error
+    facts = read_json(path / LIST)
+    kinds = {"step": int, "world": int, "stage": int, "run": dict, "files": dict}
+    if odd := [key for key, kind in kinds.items() if not isinstance(facts.get(key), kind)]:
+        raise UserError(f"{path / LIST} cannot be read (it lacks {', '.join(odd)}).")
     return facts
 
 
@@ -149,13 +146,9 @@ def save(engine, step: int, folder: Path, settings: dict, keep: int, every: int)
 
 def _publish(scratch: Path, path: Path, facts: dict):
     """List the files and give the folder its name; each step is on the disk before the next."""
-    with open(scratch / LIST, "w") as file:
-        file.write(json.dumps(facts, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(scratch)
+    write(scratch / LIST, json.dumps(facts, indent=2) + "\n")
     scratch.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _prune(folder: Path, keep: int, every: int):
@@ -171,12 +164,6 @@ def _clean(folder: Path):
     for suffix in ("partial", "old", "universal"):
         for path in folder.glob(f"step_*.{suffix}"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(folder: Path):
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 # -------------------------------------------------------------------------------------------------

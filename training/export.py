@@ -31,7 +31,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse()  # answers --help and wrong flags before the imports below, which take seconds
 
-import json
 import sys
 
 import torch
@@ -39,12 +38,13 @@ from safetensors import SafetensorError
 
 import model
 from system import checkpoint
-from system.files import UserError, replacing
+from system.files import UserError, read_json, replacing
 from training import lora
 from training.card import render
 from training.folder import read_metrics
 from training.plan import compute_dtype
 
+FIX = "an export needs the run's folder around its checkpoints"  # where a file of it is damaged
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -63,17 +63,6 @@ def find(path: Path) -> Path:
         f"{path}: has no checkpoint; if the run has finished, the folder is the model itself, else "
         "repeat its command with --checkpoint-every."
     )
-
-
-def read(file: Path) -> dict:
-    """A JSON file of the run's folder. Raises UserError."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file}: cannot be read ({getattr(error, 'strerror', None) or error}); an export "
-            "needs the run's folder around its checkpoints."
-        ) from error
 
 
 def load(settings: argparse.Namespace, path: Path):
@@ -107,7 +96,8 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
     pipeline) to out (None: exports/ in the run's folder). Returns the folder."""
     path = find(path.resolve())
     folder, step = path.parent.parent, checkpoint.read_list(path)["step"]
-    settings, facts = argparse.Namespace(**read(folder / "run.json")), read(folder / "card.json")
+    settings = argparse.Namespace(**read_json(folder / "run.json", FIX))
+    facts = read_json(folder / "card.json", FIX)
     adapters = lora.trains_adapters(settings)
     kind = kind or ("lora" if adapters else "pipeline")
     if kind == "lora" and not adapters:

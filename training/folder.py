@@ -23,7 +23,7 @@ import shutil
 from pathlib import Path
 
 from system import checkpoint, files
-from system.files import UserError, write
+from system.files import UserError, is_number, is_step, read_log, write
 from system.lock import LOCK, not_written
 
 # Settings a resumed run may change: flags, and keys of ds_config.json and of its optimizer.
@@ -138,10 +138,15 @@ def resumes_at(out: Path) -> int:
 
 
 def read_metrics(out: Path, until: float = math.inf) -> list[dict]:
-    """The lines of metrics.jsonl up to a step, without a last one that a kill cut short."""
-    file = out / "metrics.jsonl"
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return [line for line in map(json.loads, lines) if line["step"] <= until]
+    """The lines of metrics.jsonl up to a step, without damaged ones, see `read_log`."""
+    lines = read_log(out / "metrics.jsonl", is_metrics)
+    return [line for line in lines if line["step"] <= until]
+
+
+def is_metrics(line: dict) -> bool:
+    """Whether this can be a line of metrics.jsonl: a step, and numbers, or null for nan."""
+    numbers = all(value is None or is_number(value) for value in line.values())
+    return is_step(line.get("step")) and numbers
 
 
 def drop_metrics(out: Path, step: int):
