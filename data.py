@@ -22,9 +22,11 @@ import contextlib
 import hashlib
 import io
 import itertools
+import math
 import pickle
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +45,10 @@ if TYPE_CHECKING:  # imported where they are used, since they take a second
 
 COLUMNS = {"jpg_0": "binary", "jpg_1": "binary", "label_0": "", "caption": "string"}  # Arrow types
 ORDER, AUGMENT = 0, 1  # keep the random streams of one seed apart
+# The most pixels of a picture, as decoded and as resized for training. Below PIL's own limits.
+PIXELS = 8192 * 8192
+# Others are refused: they are rare in data, and a few of their readers start a program (EPS).
+FORMATS = ["PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM"]
 BROKEN_LIMIT = 100  # broken pairs in a row; more mean that the data are at fault, not a picture
 
 
@@ -245,13 +251,47 @@ def _encoded(value: bytes | dict | None) -> bytes | None:
 
 
 def decode(data: bytes) -> Image.Image:
-    """An upright RGB image, transparency over white. Raises whatever PIL does for broken bytes."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    """An upright RGB image of 8 bits, transparency over white, grey as `_grey` scales it.
+
+    Of more than PIXELS pixels it raises ValueError before it takes memory for them; below that it
+    takes at most 1.6 GB for a moment (measured: a JPEG 2000 of four bands; a PNG takes 1.1 GB).
+    Raises whatever PIL does for broken bytes."""
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if (count := math.prod(image.size)) > PIXELS:
+        raise ValueError(f"a picture has {count:,} pixels, more than {PIXELS:,}")
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _grey(image)
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, "white")
         canvas.alpha_composite(image.convert("RGBA"))
         image = canvas
     return image.convert("RGB")
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """A grey image of more than 8 bits in 8, black 0 and white 255. PIL would clip it at 255.
+
+    White is what the type says: 65535 of 16 bits (PNG, TIFF, JPEG 2000, and PPM, to which PIL gives
+    mode I and scales it so), 4095 of TIFF's 12 bits, 1 of floats (TIFF, PFM). TIFF's WhiteIsZero is
+    turned over. Raises ValueError where the type does not tell: floats outside 0..1 (a range that
+    neither format fixes), and TIFF's integers with a sign or of 32 bits, which hold measurements
+    more often than pictures."""
+    tags, values = getattr(image, "tag_v2", {}), np.asarray(image)
+    if image.mode == "I" and image.format != "PPM":
+        raise ValueError(f"a {image.format} of integers with a sign or of 32 bits has no white")
+    white = 1.0 if image.mode == "F" else 2.0 ** tags.get(258, (16,))[0] - 1  # BitsPerSample
+    scaled = values.astype(np.float32)
+    if not (scaled.min() >= 0 and scaled.max() <= white):  # or nan
+        raise ValueError(f"a {image.format} of floats has values outside 0..1")
+    scaled *= 255 / white
+    grey = np.rint(scaled, out=scaled).astype(np.uint8)
+    if tags.get(262) == 0:  # PhotometricInterpretation: WhiteIsZero
+        grey = 255 - grey
+    if isinstance(clear := image.info.get("transparency"), int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey)
 
 
 def preprocess(
@@ -260,16 +300,21 @@ def preprocess(
     """Resize the shorter side to `resolution` pixels, crop a square, mirror, scale 0..255 to -1..1.
 
     image: RGB. crop_at: (across, down) in [0, 1), the place in the room left; None is the centre.
-    Bilinear with antialiasing, as released. Returns (3, resolution, resolution) fp32.
+    Bilinear with antialiasing, as released. Returns (3, resolution, resolution) fp32. Raises
+    ValueError for a picture so long that it would have more than PIXELS pixels before the crop (at
+    1024 px one of 1 : 64): cropping first would round otherwise.
     Limit: an image that already has this size keeps its pixels."""
     size = tuple(resolution * side // min(image.size) for side in image.size)
+    if math.prod(size) > PIXELS:
+        shape = " x ".join(map(str, image.size))
+        raise ValueError(f"a picture of {shape} pixels is too long for {resolution} px")
     image = image.resize(size, Image.Resampling.BILINEAR)
     room = [side - resolution for side in size]
     if crop_at is None:
         left, top = room[0] // 2, room[1] // 2
     else:
         left, top = (int(at * (free + 1)) for at, free in zip(crop_at, room, strict=True))
-    pixels = np.asarray(image)[top : top + resolution, left : left + resolution]
+    pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))
     pixels = pixels[:, ::-1] if flip else pixels
     return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32, order="C")) / 127.5 - 1
 
@@ -328,9 +373,9 @@ class Pairs(torch.utils.data.Dataset):
             pair = self.dataset[row]
             try:
                 images = [decode(_encoded(pair[name])) for name in ("jpg_0", "jpg_1")]
+                images = [preprocess(image, self.resolution, crop_at, flip) for image in images]
             except Exception:  # PIL: OSError, SyntaxError, ValueError, struct.error, ...
                 continue
-            images = [preprocess(image, self.resolution, crop_at, flip) for image in images]
             winner, loser = images if pair["label_0"] == 1 else reversed(images)
             item = {"winner": winner, "loser": loser, "row": row, "n": n, "skipped": skipped}
             return {**item, "caption": "" if drop else pair["caption"] or ""}

@@ -53,6 +53,7 @@ import model
 from loss import inpo_loss, kto_loss, sft_loss, squared_error
 from model import Denoiser
 from system import processes
+from system.lock import alone
 from training import card, folder, guard, lora
 from training.latents import draw_timesteps, generators, latents
 from training.plan import Plan, asked, check, describe
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None):
                 f"{args.out} has finished its {args.steps} steps; more --steps would continue it."
             )
             return
-    with reported("train_inpo.py", every_rank=True), folder.alone(args.out):
+    with reported("train_inpo.py", every_rank=True), alone(args.out):
         with processes.Stop() as stop:
             train(args, plan, stop)
 

@@ -6,6 +6,7 @@ Nothing here takes long to import, so that programs can answer --help and wrong 
 import argparse
 import contextlib
 import logging
+import math
 import os
 import sys
 import warnings
@@ -28,12 +29,24 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+def finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number.")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser of flags, whose errors are printed once a node however many ranks there are."""
+    """A parser of flags, whose errors are printed once a node however many ranks there are. None
+    of its floats may be infinite or NaN."""
 
     def __init__(self, prog: str, description: str | None = None, **options):
         options = {"formatter_class": HelpFormatter} | options
         super().__init__(prog, description=description, **options)
+        self.register("type", float, finite)  # of every flag that is declared as a float
 
     def error(self, message: str):
         leave(2, f"{self.prog}: error: {message}")

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, TiffImagePlugin
 
 import data
 from data import Pairs, collate, loader, pair_numbers, preprocess, read_pairs
@@ -452,7 +453,7 @@ def test_workers_read_what_the_trainer_would_and_what_they_are_given_fits_into_a
 
 TRAINER = """
 import io, signal, sys
-from PIL import Image
+from PIL import Image, ImageFile, TiffImagePlugin
 import data
 
 with open("imports", "a") as file:
@@ -634,6 +635,76 @@ def test_modes_and_orientation_become_upright_rgb():
     assert upright[0, 0, 0] == 0 and upright[3, 0, 0] == 255
 
 
+def tiff(values, **tags):
+    """A TIFF of these values; tags by number, as t262."""
+    named = TiffImagePlugin.ImageFileDirectory_v2()
+    for name, value in tags.items():
+        named[int(name[1:])] = value
+    return encode(Image.fromarray(values), "TIFF", tiffinfo=named)
+
+
+def tiff_of_12_bits(*values):
+    """Two values, which PIL can read, but not write."""
+    numbers = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 200), (277, 1), (279, 3)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in numbers)
+    head = b"II*\0" + struct.pack("<IH", 8, len(numbers)) + entries + bytes(4)
+    a, b = values
+    return head.ljust(200, b"\0") + bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255])
+
+
+GREY16 = np.array([[0, 128, 129, 25700], [32896, 65278, 65406, 65535]], dtype=np.uint16)
+GREY8 = [[0, 0, 1, 100], [128, 254, 254, 255]]  # v / 257
+FLOATS = (GREY16 / 65535).astype(np.float32)
+WIDE = np.array([[0, 300, 257 * 9, 65535]], dtype=np.uint16)
+DEEP = {
+    "png": (encode(Image.fromarray(GREY16)), GREY8),
+    "png, 300 is clear": (encode(Image.fromarray(WIDE), transparency=300), [[0, 255, 9, 255]]),
+    "tiff": (tiff(GREY16), GREY8),
+    "tiff, big-endian": (tiff(GREY16.astype(">u2")), GREY8),
+    "tiff, white is 0": (tiff(GREY16, t262=0), [[255 - v for v in row] for row in GREY8]),
+    "tiff, 12 bits": (tiff_of_12_bits(4095, 1606), [[255, 100]]),
+    "tiff of floats": (tiff(FLOATS), GREY8),
+    "jpeg 2000": (encode(Image.fromarray(GREY16), "JPEG2000"), GREY8),
+    "pgm": (b"P5 4 2 65535\n" + GREY16.astype(">u2").tobytes(), GREY8),
+    "pgm, 10 bits": (b"P2 2 1 1023\n1023 512", [[255, 128]]),
+    "pfm": (b"Pf 4 2 -1.0\n" + FLOATS[::-1].astype("<f4").tobytes(), GREY8),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_grey_of_more_than_8_bits_is_scaled_by_its_type(kind):
+    encoded, expected = DEEP[kind]
+    out = data.decode(encoded)
+    assert out.mode == "RGB"
+    assert np.asarray(out).tolist() == [[[v] * 3 for v in row] for row in expected]
+
+
+def test_deep_grey_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned to the right
+    for values, form in ((GREY16, "PNG"), (GREY16, "TIFF"), (FLOATS, "TIFF")):
+        out = data.decode(encode(Image.fromarray(values), form, exif=exif))
+        assert np.asarray(out)[..., 0].tolist() == np.rot90(GREY8, -1).tolist()
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (FLOATS * 255, "TIFF of floats has values outside 0..1"),
+        (FLOATS - 0.5, "outside 0..1"),
+        (FLOATS * np.nan, "outside 0..1"),
+        (GREY16.astype(np.int32), "TIFF of integers with a sign or of 32 bits has no white"),
+    ],
+)
+def test_grey_whose_type_does_not_tell_its_white_is_broken(values, words):
+    table = columns()
+    table["jpg_0"][0] = tiff(values)
+    with pytest.raises(ValueError, match=words):
+        data.decode(table["jpg_0"][0])
+    pairs = Pairs(dataset_of(table), SIZE, seed=0)
+    assert 0 not in {pairs[n]["row"] for n in range(ROWS)}
+
+
 def test_a_missing_caption_is_the_empty_one():
     pairs = Pairs(dataset_of(columns(1) | {"caption": [None]}), SIZE, seed=0, caption_dropout=0)
     assert pairs[0]["caption"] == ""
@@ -650,10 +721,55 @@ def test_winner_and_loser_may_differ_in_size():
 # Broken images.
 
 
-def bomb():
-    """A PNG that claims 20,000 x 20,000 pixels: PIL refuses it, and by no OSError."""
-    good, header = solid(0, 0, 0), b"IHDR" + struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+def claims(width, height):
+    """A small PNG that claims so many pixels."""
+    good = solid(0, 0, 0)
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return good[:12] + header + struct.pack(">I", zlib.crc32(header)) + good[33:]
+
+
+@pytest.mark.parametrize("height", [8193, 16384, 30000])  # PIL is silent, warns, raises
+def test_a_picture_of_too_many_pixels_is_refused_before_it_takes_memory(height, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # where the memory is taken
+    with warnings.catch_warnings(action="error"), pytest.raises(Exception, match="pixels"):
+        data.decode(claims(8192, height))
+
+
+def test_a_picture_that_is_too_long_to_be_resized_drops_its_pair(monkeypatch):
+    """1 x 5000 at 1024 px would be 1024 x 5120000: 21 GB. 1 : 64 is the most."""
+    resized, resize = [], Image.Image.resize
+
+    def noted(image, size, *rest):
+        assert size[0] * size[1] <= 8192 * 8192
+        resized.append(size)
+        return resize(image, size, *rest)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    for size in ((1, 5000), (5000, 1), (16, 1025)):
+        with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels is too long for 1024"):
+            preprocess(Image.new("RGB", size), 1024, None, False)
+    assert not resized
+    monkeypatch.setattr(data, "PIXELS", 64 * SIZE * SIZE)
+    table = columns(labels=(1.0,))
+    table["jpg_1"][3] = solid(0, 0, 0, size=(1, 65))
+    table["jpg_1"][4] = solid(4, 0, 255, size=(1, 64))
+    pairs = Pairs(dataset_of(table), SIZE, seed=0)
+    assert {pairs[n]["row"] for n in range(ROWS)} == set(range(ROWS)) - {3}
+    assert max(w * h for w, h in resized) == 64 * SIZE * SIZE
+
+
+def test_whatever_resizing_raises_drops_the_pair(monkeypatch):
+    def no_memory(image, *_):
+        if image.size == (40, 24):
+            raise MemoryError
+        return resize(image, *_)
+
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", no_memory)
+    table = columns()
+    table["jpg_1"][3] = solid(0, 0, 0, size=(40, 24))
+    pairs = Pairs(dataset_of(table), SIZE, seed=0)
+    assert 3 not in {pairs[n]["row"] for n in range(ROWS)}
 
 
 @pytest.mark.parametrize("kind", ["file", "arrow image"])
@@ -663,7 +779,7 @@ def test_a_broken_image_drops_its_pair_and_all_others_still_match(kind, tmp_path
     table["jpg_1"][5] = table["jpg_1"][5][:60]  # cut off
     table["jpg_0"][7] = None
     table["jpg_1"][8] = b""
-    table["jpg_0"][9] = bomb()
+    table["jpg_0"][9] = claims(20000, 20000)
     pairs = Pairs(read_pairs(source_of(kind, tmp_path, table)), SIZE, seed=0, caption_dropout=0)
     items = [pairs[n] for n in range(ROWS)]
     assert {item["row"] for item in items} == set(range(ROWS)) - {2, 5, 7, 8, 9}

@@ -18,12 +18,10 @@ model_index.json, ...   the aligned pipeline in diffusers layout, written at the
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from system import checkpoint, files
@@ -38,7 +36,7 @@ from system.files import (
     warn_once,
     write,
 )
-from system.processes import on_main
+from system.lock import LOCK, not_written
 
 # Settings a resumed run may change: flags, and keys of ds_config.json and of its optimizer.
 MAY_CHANGE = {"steps", "workers", "micro_batch", "judge", "keep", "keep_every"}
@@ -49,7 +47,7 @@ KERNELS = {"torch_adam", "fused", "foreach"}
 # What run.json has beside the settings; it is known only once data and model have been read.
 FROM_INPUTS = {"data_fingerprint", "start_identity"}
 
-LOCK, RESULT = ".lock", "result.json"
+RESULT = "result.json"
 
 # -------------------------------------------------------------------------------------------------
 # What a resumed run may change.
@@ -130,38 +128,6 @@ def is_ours(path: Path) -> bool:
     return path.name == LOCK or (path.name.startswith("run.json.") and path.suffix == ".new")
 
 
-@contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Hold the lock of `out` while inside. Raises UserError where another job holds it
-    (collective). The lock is rank 0's, and ends with that process, however it ends."""
-    with contextlib.ExitStack() as held:
-
-        def hold():
-            held.callback(os.close, lock(out))
-
-        on_main(hold)
-        yield
-
-
-def lock(out: Path) -> int:
-    """The descriptor of out/.lock, locked; Python keeps it from programs that are started."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise not_written(out, error) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(file)
-        raise UserError(
-            f"--out {out}: another job is writing there; wait for it, or name another folder."
-        ) from error
-    except OSError:
-        pass  # a file system without locks
-    return file
-
-
 def claim(out: Path, record: dict, facts: dict):
     """Make `out`, whose lock is held, this run's. Raises UserError."""
     check_folder(out, record)
@@ -185,13 +151,6 @@ def delete_unfinished(out: Path):
             shutil.rmtree(scratch)
         else:
             scratch.unlink()
-
-
-def not_written(out: Path, error: OSError) -> UserError:
-    return UserError(
-        f"--out {out}: {error.filename} cannot be written ({error.strerror}); mend that and repeat "
-        "the command, or name another folder."
-    )
 
 
 # -------------------------------------------------------------------------------------------------
