@@ -6,6 +6,7 @@ Nothing here takes long to import, so that programs can answer --help and wrong 
 import argparse
 import contextlib
 import logging
+import math
 import os
 import re
 import sys
@@ -29,15 +30,58 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+def finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number.")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser of flags, whose errors are printed once a node however many ranks there are."""
+    """A parser of flags, whose errors are printed once a node however many ranks there are. None
+    of its floats may be infinite or NaN."""
 
     def __init__(self, prog: str, description: str | None = None, **options):
         options = {"formatter_class": HelpFormatter} | options
         super().__init__(prog, description=description, **options)
+        self.register("type", float, finite)  # of every flag that is declared as a float
 
     def error(self, message: str):
         leave(2, f"{self.prog}: error: {message}")
+
+
+class Steady:
+    """A text stream that loses what it cannot write, as on a full disk, and goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # of names of files that are no UTF-8
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def writelines(self, lines):
+        self.write("".join(lines))
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def keep_printing():
+    """From now on printing never ends the program, on a full disk or in a closed terminal."""
+    for name in ("stdout", "stderr"):
+        if not isinstance(stream := getattr(sys, name), Steady):
+            setattr(sys, name, Steady(stream))
 
 
 def leave(code: int, said: str, every_rank: bool = False):
@@ -55,6 +99,7 @@ def reported(program: str, every_rank: bool = False) -> Iterator[None]:
     What all ranks know is printed once a node. every_rank: a rank may fail alone, so each prints
     its own, with its number."""
     rank = f"rank {os.environ.get('RANK', '0')}: "
+    keep_printing()
     try:
         yield
     except UserError as error:

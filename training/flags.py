@@ -123,7 +123,7 @@ RANGES = {
     "inversion_steps": (1, 1000), "workers": (0, 1024), "seed": (0, 2**32),
     "sample_every": (0, 10**9), "checkpoint_every": (0, 10**9), "export_every": (0, 10**9),
     "liked_share": (0, 1), "strata": (1, 1000), "lora_rank": (0, 4096), "lora_alpha": (0, 1e6),
-    "keep": (1, 10**9), "keep_every": (0, 10**9),
+    "keep": (1, 10**9), "keep_every": (0, 10**9), "guidance": (1, 1e6),
 }  # fmt: skip
 
 
