@@ -138,4 +138,5 @@ def lost_peer(error: BaseException) -> bool:
 def lost_worker(error: BaseException) -> str:
     """What torch says of a loader process that died, as "is killed by signal: Killed", or ""."""
     found = re.search(r"DataLoader worker \(pid.*?\) ((?:is|exited) [\w :]+)", str(error))
-    return found[1].strip() if found else ""
+    first = lost_worker(error.__cause__) if error.__cause__ else ""  # it says more
+    return first or (found[1].strip() if found else "")
