@@ -13,6 +13,7 @@ from pathlib import Path
 
 from system.files import UserError, is_step, read_log, write
 from system.processes import gather, is_main
+from training.folder import append_metrics
 
 WARN, ENOUGH = 0.01, 1000  # share from which on to warn; pairs before which no share is judged
 
@@ -70,6 +71,6 @@ class BrokenPairs:
             if row["row"] not in self.listed:
                 self.listed.add(row["row"])
                 self.pending += json.dumps({k: v for k, v in row.items() if k != "n"}) + "\n"
-        with contextlib.suppress(OSError), open(self.file, "a") as log:
-            log.write(self.pending)
+        with contextlib.suppress(OSError):
+            append_metrics(self.file.parent, self.pending, self.file.name)
             self.pending = ""

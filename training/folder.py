@@ -233,9 +233,9 @@ def drop_metrics(out: Path, step: int):
     write(out / "metrics.jsonl", "".join(kept))
 
 
-def append_metrics(out: Path, lines: str):
-    """Add lines to metrics.jsonl: all of them, or none where the disk is full."""
-    file = out / "metrics.jsonl"
+def append_metrics(out: Path, lines: str, name: str = "metrics.jsonl"):
+    """Add lines to metrics.jsonl, or to another log: all of them, or none on a full disk."""
+    file = out / name
     size = file.stat().st_size if file.exists() else 0
     try:
         with open(file, "a") as end:
