@@ -9,12 +9,14 @@ crop, flip and caption dropout are functions of (seed, n) alone. So the data do 
 workers, accumulation or interruptions, and a resumed run counts on from its step.
 
 Where this departs from the released script, and why:
- 1. A broken image drops its pair, and is counted. There it leaves one column shorter than
-    the others, so that `datasets` raises IndexError and the run ends.
+ 1. A pair that cannot be read (an image, a caption) is left out, and named; another, drawn from
+    all, takes its place. There a broken image leaves one column shorter than the others, so that
+    `datasets` raises IndexError and the run ends.
  2. The pair shares its flip and random crop. There each image draws its own, so that winner and
     loser also differ by what nobody judged.
  3. A batch may cross the end of an epoch. There the last incomplete batch is lost.
- 4. Transparency becomes white, and the EXIF orientation is applied. There both are ignored.
+ 4. Transparency becomes white, the EXIF orientation is applied, and grey of more than 8 bits is
+    scaled. There all three are ignored.
  5. A label other than 0, 0.5 and 1 is an error. There such rows are removed like ties.
 """
 
@@ -76,9 +78,11 @@ def read_pairs(
             dataset = _saved(path, split)
         else:
             files = parquet.check(path, split, partial)
-            columns = {"label_0": np.concatenate(list(files.values()))}
-            only = labels_only and datasets.Dataset.from_dict(columns)
-            dataset = only or parquet.copied(path, files)
+            if labels_only:
+                columns = {"label_0": np.concatenate(list(files.values()))}
+                dataset = datasets.Dataset.from_dict(columns)
+            else:
+                dataset = parquet.copied(path, files)
     except UserError:
         raise
     except Exception as error:  # of datasets and the hub, which have no common class

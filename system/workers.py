@@ -81,10 +81,10 @@ def in_shared_memory(tensor: torch.Tensor) -> torch.Tensor:
         raise UserError(no_room(tensor.nbytes, free_shared_memory())) from error
 
 
-def check_shared_memory(workers: int, batch: int, state: int = 0, loaders: int = 1):
-    """UserError where /dev/shm is too small. batch, state: bytes of a batch and of what each loader
-    hands to its workers. loaders: how many start on this machine."""
-    need = loaders * ((PREFETCH * workers + 1) * batch + state) if workers else 0
+def check_shared_memory(workers: int, batch: int, loaders: int = 1):
+    """UserError where /dev/shm is too small for the batches of `loaders` on this machine, which are
+    of so many bytes: those that the workers are ahead, and the one in use."""
+    need = loaders * (PREFETCH * workers + 1) * batch if workers else 0
     if need > (free := free_shared_memory()):
         raise UserError(no_room(need, free))
 

@@ -96,7 +96,7 @@ def test_too_little_shared_memory_is_said_before_a_worker_starts(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     workers.check_shared_memory(0, 10**9)
     workers.check_shared_memory(2, 10**6, loaders=2)
-    said = refusal(workers.check_shared_memory, 2, 10**6, 10**5, 2)
+    said = refusal(workers.check_shared_memory, 2, 10**6 + 1, 2)
     assert "need 10 MB of shared memory" in said and "/dev/shm has 10 MB free" in said
     for words in ("--shm-size", "--workers 0"):
         assert words in said
