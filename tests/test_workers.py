@@ -2,13 +2,13 @@
 
 import contextlib
 import io
-import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
 import signal
 
 import pytest
+import torch
 from conftest import refusal, small_disk
 from PIL import Image
 
@@ -36,7 +36,7 @@ def at_most(seconds: int):
 
 
 def in_worker() -> bool:
-    return multiprocessing.parent_process() is not None
+    return torch.utils.data.get_worker_info() is not None
 
 
 class Killed(str):
