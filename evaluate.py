@@ -47,7 +47,6 @@ same folder are refused. A table of other models is kept under its date. Under -
 import argparse
 import gc
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -105,12 +104,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_flags(args: argparse.Namespace):
-    least = {"seeds": 1, "first_seed": 0, "steps": 1, "batch": 1, "limit": 1}
+    least = {"seeds": 1, "first_seed": 0, "steps": 1, "batch": 1, "limit": 1, "guidance": 1}
     for option, low in least.items():
         if getattr(args, option) is not None and getattr(args, option) < low:
             raise UserError(f"--{option.replace('_', '-')} must be at least {low}.")
-    if args.guidance is not None and not 1 <= args.guidance < math.inf:
-        raise UserError("--guidance must be a number from 1, which means none.")
 
 
 def name_models(texts: list[str]) -> dict[str, str]:
@@ -142,6 +139,7 @@ from evaluation.gallery import generate, score
 from evaluation.prompts import PromptSet
 from evaluation.prompts import read as read_prompts
 from system import hub, processes
+from system.lock import alone, lock
 from system.processes import print0
 
 # --------------------------------------------------------------------------------------------------
@@ -231,6 +229,8 @@ def check_out(out: Path):
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK):
         raise UserError(f"--out '{out}' cannot be written; name a folder of yours.")
+    if out.is_dir():
+        os.close(lock(out))  # another job that is writing there is told of before models load
 
 
 def family(pipeline: str) -> str:
@@ -373,14 +373,15 @@ def run(args: argparse.Namespace) -> dict:
         if unknown := [name for name, traits in drawn.items() if None in traits.values()]:
             how = f"note: with which seeds and settings {', '.join(unknown)} drew {key}"
             print0(f"{how} is not fully known; the images are compared as they are.")
-    for name in args.models:
-        draw(name, [row[name] for row in found.values()])
-        free()
-    judged = {}
-    for scorer in judges:
-        judged[scorer] = judge(scorer, args.scorer_folder, found)
-        free()
-    return processes.on_main(lambda: report(found, judged, args.out))
+    with alone(args.out):
+        for name in args.models:
+            draw(name, [row[name] for row in found.values()])
+            free()
+        judged = {}
+        for scorer in judges:
+            judged[scorer] = judge(scorer, args.scorer_folder, found)
+            free()
+        return processes.on_main(lambda: report(found, judged, args.out))
 
 
 def main(argv: list[str] | None = None) -> dict:

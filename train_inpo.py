@@ -53,6 +53,7 @@ import model
 from loss import inpo_loss, kto_loss, sft_loss, squared_error
 from model import Denoiser
 from system import processes
+from system.lock import alone
 from training import card, folder, guard, lora
 from training.latents import draw_timesteps, generators, latents
 from training.plan import Plan, asked, check, describe
@@ -189,16 +190,16 @@ def main(argv: list[str] | None = None):
         processes.join()
         plan = processes.together(lambda: check(args))
         processes.agree(asked(args) | {"data": plan.fingerprint, "code": processes.code_version()})
-    if processes.is_main():
-        print(describe(args, plan), flush=True)
-    if args.dry_run:
-        return
-    if folder.finished(args.out, args.steps):
-        processes.print0(
-            f"{args.out} has finished its {args.steps} steps; more --steps would continue it."
-        )
-        return
-    with reported("train_inpo.py", every_rank=True), folder.alone(args.out):
+        if processes.is_main():
+            print(describe(args, plan), flush=True)
+        if args.dry_run:
+            return
+        if processes.on_main(lambda: folder.finished(args.out, args.steps)):
+            processes.print0(
+                f"{args.out} has finished its {args.steps} steps; more --steps would continue it."
+            )
+            return
+    with reported("train_inpo.py", every_rank=True), alone(args.out):
         with processes.Stop() as stop:
             train(args, plan, stop)
 

@@ -1,13 +1,18 @@
-"""Files, and the mistakes that a user can set right: one error, one atomic write.
+"""Files, and the mistakes that a user can set right: one error, one atomic write, one reader.
 
 Nothing here takes long to import, so that programs can answer --help and wrong flags at once.
 """
 
 import contextlib
+import errno
+import functools
 import itertools
+import json
+import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
@@ -35,19 +40,91 @@ def differences(there: dict, now: dict, most: int | None = None) -> str:
 
 
 # -------------------------------------------------------------------------------------------------
-# Writing.
+# Reading files of ours, which a crash or a bad disk may have damaged.
+
+
+def read_json(path: Path, fix: str = "") -> dict:
+    """The JSON object in a file. Raises UserError where there is none, with the fix if given."""
+    try:
+        return _parse(_read(path))
+    except (OSError, ValueError) as error:
+        words = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({words}){fix and '; '}{fix}.") from error
+
+
+def read_log(path: Path, is_whole: Callable[[dict], bool]) -> list[dict]:
+    """The lines of a log, each a JSON object for which is_whole(it); [] where there is no file.
+
+    Damaged lines are skipped, and one warning counts them. A last line without its end is one that
+    a kill cut short: it does not count. Raises UserError where the file cannot be read at all."""
+    try:
+        lines = _read(path).split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        words = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({words}); move it away.") from error
+    whole = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            if is_whole(found := _parse(line)):
+                whole.append(found)
+    if damaged := len(lines) - len(whole):
+        warn_once(f"{path}: {damaged} of {len(lines)} lines are damaged and were skipped.")
+    return whole
+
+
+def is_step(value) -> bool:
+    """Whether a value of a log can be a step."""
+    return type(value) is int and value >= 0
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float)
+
+
+def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        raise ValueError("it is no file")
+    return path.read_bytes()
+
+
+def _parse(data: bytes) -> dict:
+    """ValueError where these bytes are no JSON object."""
+    try:
+        found = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("it holds no JSON object")
+    return found
+
+
+@functools.cache
+def warn_once(sentence: str):
+    """Print a warning on rank 0, where it has not been printed before."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"Warning: {sentence}", file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------------------------
+# Writing. What has returned is on the disk: a loss of power leaves what was there, or the new file.
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A new path beside `path`, for a file or folder, that takes its place at the end: a kill, a
-    full disk or an exception leaves what was there. Processes may race.
+    loss of power, a full disk or an exception leaves what was there. Processes may race.
 
     A folder can only take the place of nothing. An OSError without a file name gets this one."""
     scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
         yield scratch
+        sync_all(scratch)
         scratch.replace(path)
+        sync(path.parent)
     except OSError as error:
         if error.filename is None:
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
@@ -62,7 +139,32 @@ def replacing(path: Path) -> Iterator[Path]:
 def write(path: Path, text: str):
     """Write a text file, or leave what was there."""
     with replacing(path) as scratch:
-        scratch.write_text(text, "utf-8")
+        scratch.write_text(text, "utf-8", "backslashreplace")  # of names of files that are no UTF-8
+
+
+def sync_all(path: Path):
+    """`sync` of a file, or of a folder and all that is in it."""
+    for inside in path.rglob("*"):
+        sync(inside)
+    sync(path)
+
+
+def sync(path: Path):
+    """Wait until a file's bytes, or a folder's list of names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no such call
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there is no room on the disk. Libraries in Rust raise the number in their text."""
+    full = errno.ENOSPC, errno.EDQUOT
+    return error.errno in full or any(f"os error {number}" in str(error) for number in full)
 
 
 def set_aside(paths: list[Path]) -> list[Path]:

@@ -6,7 +6,9 @@ Nothing here takes long to import, so that programs can answer --help and wrong 
 import argparse
 import contextlib
 import logging
+import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -28,15 +30,58 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+def finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number.")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser of flags, whose errors are printed once a node however many ranks there are."""
+    """A parser of flags, whose errors are printed once a node however many ranks there are. None
+    of its floats may be infinite or NaN."""
 
     def __init__(self, prog: str, description: str | None = None, **options):
         options = {"formatter_class": HelpFormatter} | options
         super().__init__(prog, description=description, **options)
+        self.register("type", float, finite)  # of every flag that is declared as a float
 
     def error(self, message: str):
         leave(2, f"{self.prog}: error: {message}")
+
+
+class Steady:
+    """A text stream that loses what it cannot write, as on a full disk, and goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # of names of files that are no UTF-8
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def writelines(self, lines):
+        self.write("".join(lines))
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def keep_printing():
+    """From now on printing never ends the program, on a full disk or in a closed terminal."""
+    for name in ("stdout", "stderr"):
+        if not isinstance(stream := getattr(sys, name), Steady):
+            setattr(sys, name, Steady(stream))
 
 
 def leave(code: int, said: str, every_rank: bool = False):
@@ -48,21 +93,29 @@ def leave(code: int, said: str, every_rank: bool = False):
 
 @contextlib.contextmanager
 def reported(program: str, every_rank: bool = False) -> Iterator[None]:
-    """End the program in one sentence: exit code 2 for a UserError, 1 where another rank is gone,
-    130 for Ctrl-C.
+    """End the program in one sentence: exit code 2 for a UserError, 1 where another rank or a
+    loader process is gone, 130 for Ctrl-C.
 
     What all ranks know is printed once a node. every_rank: a rank may fail alone, so each prints
     its own, with its number."""
     rank = f"rank {os.environ.get('RANK', '0')}: "
+    keep_printing()
     try:
         yield
     except UserError as error:
         who = rank if every_rank else ""
         leave(2, f"{program}: error: {who}{error}", every_rank)
     except RuntimeError as error:
-        if not lost_peer(error):
+        if lost_peer(error):
+            said = "another rank is gone; unless it says what to mend, the same command resumes."
+        elif why := lost_worker(error):
+            said = (
+                f"a loader process {why}, perhaps for want of memory: free some, or give fewer "
+                "--workers; the same command resumes."
+            )
+        else:
             raise
-        leave(1, f"{program}: error: {rank}another rank is gone; the same command resumes.", True)
+        leave(1, f"{program}: error: {rank}{said}", True)
     except KeyboardInterrupt:
         leave(130, f"\n{program}: interrupted; the same command resumes.")
 
@@ -80,3 +133,10 @@ def lost_peer(error: BaseException) -> bool:
 
     gloo raises plain RuntimeErrors, and NCCL's class has other causes as well: the text decides."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
+
+
+def lost_worker(error: BaseException) -> str:
+    """What torch says of a loader process that died, as "is killed by signal: Killed", or ""."""
+    found = re.search(r"DataLoader worker \(pid.*?\) ((?:is|exited) [\w :]+)", str(error))
+    first = lost_worker(error.__cause__) if error.__cause__ else ""  # it says more
+    return first or (found[1].strip() if found else "")

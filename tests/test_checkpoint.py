@@ -353,7 +353,8 @@ def kill_at(k: int, patch):
         return call
 
     kinds = [(torch, "save", half_write), (shutil, "rmtree", half_remove)]
-    for owner, name, half in [*kinds, (os, "fsync", nothing), (Path, "rename", nothing)]:
+    moves = [(Path, "rename", nothing), (Path, "replace", nothing)]
+    for owner, name, half in [*kinds, (os, "fsync", nothing), *moves]:
         patch.setattr(owner, name, wrap(getattr(owner, name), half))
 
 
@@ -442,8 +443,8 @@ def flip(file: Path, place: int):
     file.write_bytes(content)
 
 
-def garble(path: Path):
-    facts = json.loads(listed(path).read_text()) | {"files": {"a.pt": 1}}
+def garble(path: Path, **changes):
+    facts = json.loads(listed(path).read_text()) | (changes or {"files": {"a.pt": 1}})
     listed(path).write_text(json.dumps(facts))
 
 
@@ -453,8 +454,13 @@ BREAK = {
     "optim_states.pt cannot be read (No such": lambda path: shard(path).unlink(),
     "model_states.pt cannot be read (No such": lambda path: shard(path, "model").unlink(),
     "checkpoint.json cannot be read (Expecting": lambda path: listed(path).write_text(""),
-    "checkpoint.json cannot be read (some": lambda path: listed(path).write_text("{}"),
+    "checkpoint.json cannot be read (it lacks step, world": lambda path: listed(path).write_text(
+        "{}"
+    ),
     "checkpoint.json has changed": garble,
+    "checkpoint.json cannot be read (it holds no": lambda path: listed(path).write_text("[]"),
+    "checkpoint.json cannot be read (it is not": lambda path: listed(path).write_bytes(b"\xff"),
+    "checkpoint.json cannot be read (it lacks run)": lambda path: garble(path, run=None),
     "checkpoint.json cannot be read (No such": lambda path: listed(path).unlink(),
 }
 

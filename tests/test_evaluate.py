@@ -26,6 +26,7 @@ import model
 import toy
 from evaluation import gallery, prompts, published, scorers
 from system.files import ROOT, UserError
+from system.lock import alone
 
 # --------------------------------------------------------------------------------------------------
 # A stub: a "model" is a folder whose name says how well it draws.
@@ -435,6 +436,20 @@ def test_other_weights_or_libraries_and_pictures_of_others_are_refused(stub, cap
     assert "holds pictures without a manifest" in refused(capsys)
 
 
+def test_a_second_job_in_the_folder_is_refused_until_the_first_ends(stub, capsys):
+    """Even where both began to check before either wrote: the second would delete the first's."""
+    told = "--out out: another job is writing there; wait for it, or name another folder."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "check_out", lambda out: None)
+        with alone(Path("out")):
+            assert told in refused(capsys) and stub.loaded
+    assert files("out") == {".lock": b""} and not stub.calls
+    stub.loaded.clear()
+    with alone(Path("out")):
+        assert told in refused(capsys) and not stub.loaded
+    run()
+
+
 # --------------------------------------------------------------------------------------------------
 # Folders of images.
 
@@ -585,7 +600,8 @@ MISTAKES = {
     "--steps must be at least 1": ["--steps", "0"],
     "--batch must be at least 1": ["--batch", "0"],
     "--limit must be at least 1": ["--limit", "0"],
-    "--guidance must be a number from 1": ["--guidance", "nan"],
+    "--guidance must be at least 1": ["--guidance", "0.9"],
+    "argument --guidance: 'nan' is not a finite number": ["--guidance", "nan"],
     "differ in their usual guidance (large 5, old 7.5)": ["--models", "large", "old"],
     "differ in their usual steps (dull 25, old 50)": ["--models", "dull", "old"],
     "spent/cost.json' is damaged": ["--models", "dull", "spent"],

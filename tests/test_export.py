@@ -252,7 +252,7 @@ def test_each_mistake_gets_one_sentence(runs, tmp_path, capsys):
     mistakes = {
         "no run": ([tmp_path / "nowhere"], ["nowhere", "neither a run's folder nor"]),
         "no checkpoint": ([copied("full", without="checkpoints")], ["has no checkpoint"]),
-        "no card": ([copied("full", without="card.json")], ["card.json: cannot be read"]),
+        "no card": ([copied("full", without="card.json")], ["card.json cannot be read"]),
         "full run": ([runs / "full", "--to=lora"], ["--to lora", "trained the whole UNet"]),
         "full folder": ([runs / "full", f"--out={tmp_path / 'full'}"], ["not empty"]),
         "file": ([runs / "full", f"--out={tmp_path / 'file'}"], ["not empty"]),

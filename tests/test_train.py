@@ -31,13 +31,12 @@ from evaluation import figures
 from system import processes
 from system.files import ROOT, UserError
 from system.hub import LORA
+from system.lock import alone, lock
 from training import latents, lora, preview, run
 from training.flags import parse
 from training.folder import (
-    alone,
     check_folder,
     differences,
-    lock,
     result_settings,
     resumes_at,
 )
@@ -540,8 +539,8 @@ def test_a_second_job_in_the_folder_is_refused_until_the_first_ends(argv, tmp_pa
 
 
 def test_the_lock_ends_with_its_process_however_it_ends_and_not_with_its_children(tmp_path):
-    code = "import subprocess; from pathlib import Path; from training import folder;"
-    code += "descriptor = folder.lock(Path('.'));"
+    code = "import subprocess; from pathlib import Path; from system.lock import lock;"
+    code += "descriptor = lock(Path('.'));"
     code += "print(subprocess.Popen(['sleep', '60'], close_fds=False).pid, flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -26,7 +26,16 @@ import model
 import toy
 from evaluation import figures, prompts, scorers
 from evaluation.published import TOY
-from system.files import UserError, replacing, write
+from system.files import (
+    UserError,
+    is_number,
+    is_step,
+    read_json,
+    read_log,
+    replacing,
+    warn_once,
+    write,
+)
 from system.processes import is_main, print0, share
 
 PROMPTS = (
@@ -43,6 +52,12 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if args.sample_prompts:
         return prompts.read(args.sample_prompts).prompts
     return toy.prompts("heldout") if args.data == "toy" else list(PROMPTS)
+
+
+def is_score(line: dict) -> bool:
+    """Whether this can be a line of scores.jsonl."""
+    named = isinstance(line.get("scorer"), str)
+    return named and is_step(line.get("step")) and is_number(line.get("mean"))
 
 
 class Preview:
@@ -102,8 +117,7 @@ class Preview:
         means = {"mean": now.mean(), "start": start.mean(), "win_rate": wins}
         line = {"step": step, "scorer": self.name, **{k: float(v) for k, v in means.items()}}
         file = self.out / "scores.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        lines = [one for one in map(json.loads, lines) if one["step"] < step]  # not lost in a crash
+        lines = [one for one in read_log(file, is_score) if one["step"] < step]  # none of a crash
         write(file, "".join(json.dumps(one) + "\n" for one in [*lines, line]))
         rivals = [one["mean"] for one in lines if one["scorer"] == self.name]  # --judge may change
         return line, line["mean"] > max([line["start"], *rivals])
@@ -120,9 +134,16 @@ class Preview:
         write(file, json.dumps(line, indent=2) + "\n")
 
     def best(self) -> dict | None:
-        """What best.json says of best/, where there is one."""
+        """What best.json says of best/, where there is one; None, with a warning, where it is
+        damaged."""
         file = self.out / "best.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        try:
+            best = read_json(file) if file.exists() else None
+            if best is None or is_score(best):
+                return best
+            warn_once(f"{file} names no step and scorer.")
+        except UserError as error:
+            warn_once(str(error))
 
     def score(self, images: list[Image.Image]) -> np.ndarray:
         self.judge = self.judge or scorers.load(self.name, self.scorer_folder)  # on the CPU
