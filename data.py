@@ -133,7 +133,14 @@ def _from_hub(source: str, split: str) -> "datasets.Dataset":
 def _saved(path: Path, split: str) -> "datasets.Dataset":
     import datasets
 
-    dataset = datasets.load_from_disk(str(path))
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # of datasets and pyarrow, which have no common class
+        raise UserError(
+            f"{path} cannot be read as a folder that datasets has saved ({reason(error)}); copy it "
+            "again, or if its pairs are in parquet files, move its state.json and "
+            "dataset_dict.json away."
+        ) from error
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             raise UserError(f"{path} has no split '{split}', it has {', '.join(dataset)}.")

@@ -117,10 +117,9 @@ def picture(kind: str, shade: int) -> bytes | None:
 
 pictures = st.sampled_from(["png", "jpeg"] * 10 + ["none", "garbage", "half", "bomb", *PICTURES])
 captions = st.one_of(st.none(), st.text(max_size=12).filter(lambda t: t.isprintable()))
-rows = st.lists(
-    st.tuples(pictures, pictures, st.sampled_from((0.0, 1.0, 0.0, 1.0, 0.5)), captions, st.integers(0, 255)),
-    min_size=1, max_size=6,
-)  # fmt: skip
+labels = st.sampled_from((0.0, 1.0, 0.0, 1.0, 0.5))
+row = st.tuples(pictures, pictures, labels, captions, st.integers(0, 255))
+rows = st.lists(row, min_size=1, max_size=6)
 CASTS = {  # column: Arrow types it may come in, the usual one first
     "jpg_0": (pa.binary(), pa.large_binary(), "image", pa.string(), pa.list_(pa.binary()), None),
     "label_0": (pa.float64(), pa.float32(), pa.int64(), pa.bool_(), pa.string(), "nulls", None),
@@ -228,7 +227,8 @@ NAMES = (
     "train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000-of-00001.parquet",
     "train-00000-of-00001.parquet", "a.parquet", "b [1].parquet", "c*?.parquet", "sub/d.parquet",
     "._a.parquet", ".hidden.parquet", "E.PARQUET", "notes.txt", "state.json", "dataset_dict.json",
-    "f.parquet", "dir/g.parquet", "dataset_info.json", "data-00000-of-00001.arrow", "__MACOSX/._a.parquet", "é ü.parquet",
+    "dataset_info.json", "data-00000-of-00001.arrow", "__MACOSX/._a.parquet", "é ü.parquet",
+    "f.parquet", "dir/g.parquet",
 )  # fmt: skip
 WHAT = (*["good"] * 20, "empty", "garbage", "cut", "text", "other", "folder", "loop")
 PLACES = ("pairs", "my pairs", "pairs [v2]", "pairs*", "paires é", "pairs.parquet", "a,b=c", "~x")

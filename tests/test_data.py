@@ -280,7 +280,7 @@ CASES = {
     "ties only": (columns(labels=(0.5,)), "no pair left", "24 of 24 rows are ties"),
     "no rows": (pa.table(columns()).slice(0, 0), "no pair left", "no rows"),
     "no split": (lambda folder: saved(TESTS_ONLY, folder), "no split 'train', it has test"),
-    "half saved": (lambda folder: (folder / "state.json").touch(), "Cannot read the pairs"),
+    "half saved": (lambda folder: (folder / "state.json").touch(), "datasets has saved"),
     "hub": (lambda _: "owner/pairs", f"'owner/pairs': {NOTHING}, and the hub cannot be reached"),
 }
 
