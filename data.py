@@ -137,9 +137,8 @@ def _saved(path: Path, split: str) -> "datasets.Dataset":
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:  # of datasets and pyarrow, which have no common class
         raise UserError(
-            f"{path} cannot be read as a folder that datasets has saved ({reason(error)}); copy it "
-            "again, or if its pairs are in parquet files, move its state.json and "
-            "dataset_dict.json away."
+            f"{path} cannot be read as a folder that datasets has saved; copy it again, or if its "
+            "pairs are in parquet files, move its state.json and dataset_dict.json away."
         ) from error
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
