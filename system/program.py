@@ -18,6 +18,7 @@ from system.files import UserError
 # for libraries that are imported later, and a user's own settings come first.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -84,7 +85,7 @@ LOST = (
     "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe",
     "Timed out waiting", "timeout caused pair closure",  # gloo
     "remote process exit", "communicator was aborted", "collective operation timeout",  # NCCL
-    "Connection was likely closed", "wait timeout after",  # the store
+    "Connection was likely closed", "wait timeout after", "waiting for clients",  # the store
 )  # fmt: skip
 
 
