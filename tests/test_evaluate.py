@@ -762,7 +762,7 @@ def test_a_killed_rank_ends_the_others_with_one_sentence(when, real, tmp_path):
     argv, whole = real
     argv = [*argv, "--limit", "2", "--scorers", "preference", "--out", str(tmp_path / "out")]
     left, killed = start([when, *argv], 2, ENDS)
-    (out, said), _ = left.communicate(timeout=60), killed.communicate()
+    said, _ = left.communicate(timeout=60)[1], killed.communicate()
     assert (left.returncode, killed.returncode) == (1, -signal.SIGKILL), said
     gone = "evaluate.py: error: rank 0: another rank is gone; the same command resumes."
     assert said.splitlines()[-1] == gone and "Traceback" not in said and "[W" not in said
