@@ -190,15 +190,15 @@ def main(argv: list[str] | None = None):
         processes.join()
         plan = processes.together(lambda: check(args))
         processes.agree(asked(args) | {"data": plan.fingerprint, "code": processes.code_version()})
-    if processes.is_main():
-        print(describe(args, plan), flush=True)
-    if args.dry_run:
-        return
-    if folder.finished(args.out, args.steps):
-        processes.print0(
-            f"{args.out} has finished its {args.steps} steps; more --steps would continue it."
-        )
-        return
+        if processes.is_main():
+            print(describe(args, plan), flush=True)
+        if args.dry_run:
+            return
+        if processes.on_main(lambda: folder.finished(args.out, args.steps)):
+            processes.print0(
+                f"{args.out} has finished its {args.steps} steps; more --steps would continue it."
+            )
+            return
     with reported("train_inpo.py", every_rank=True), alone(args.out):
         with processes.Stop() as stop:
             train(args, plan, stop)

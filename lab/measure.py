@@ -84,11 +84,16 @@ def judge(pipeline, unet, images: int, folder: Path) -> dict:
     }
 
 
+def exports(folder: Path) -> dict[str, str]:
+    """{step: path} of the models in unets/, without a *.new that a kill has left."""
+    found = [path for path in sorted(folder.glob("unets/step_*")) if path.name[5:].isdigit()]
+    return {str(int(path.name[5:])): str(path) for path in found}
+
+
 def measure(folder: Path, images: int, steps: list[int] | None = None):
     """Write folder/measured.json, {images, steps: {step: judge(...)}}, for the exports of these
     steps, or for all; [0] is the model that training started from. Raises UserError."""
-    file, exports = folder / "measured.json", sorted(folder.glob("unets/step_*"))
-    paths = {str(int(export.name[5:])): str(export) for export in exports}
+    file, paths = folder / "measured.json", exports(folder)
     if steps == [0]:
         paths = {"0": hub.PRESETS["tiny"]}
     if not paths:

@@ -32,7 +32,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch.serialization import set_crc32_options
 
-from system.files import UserError, differences, read_json, sync, write
+from system.files import UserError, differences, is_full, read_json, sync, write
 from system.processes import first, gather, on_main, print0, share
 
 LIST = "checkpoint.json"
@@ -65,18 +65,18 @@ def read_list(path: Path) -> dict:
 
 class Writer(TorchCheckpointEngine):
     """torch.save with fsync. Keeps the size and checksum of what it meant to write, and the first
-    failure, which it does not raise."""
+    failure, which it does not raise: what went wrong, and whether the disk is full."""
 
     def __init__(self):
         super().__init__()
         self.files: dict[str, list[int]] = {}
-        self.failure: str | None = None
+        self.failure: tuple[str, bool] | None = None
 
     def makedirs(self, path, exist_ok=False):
         try:
             super().makedirs(path, exist_ok=exist_ok)
         except OSError as error:
-            self.failure = self.failure or f"{path}: {error.strerror}"
+            self.failure = self.failure or failure_of(error, path)
 
     def save(self, state_dict, path: str):
         if "optimizer_state_dict" in state_dict:  # for zero_to_fp32; BF16_Optimizer has none
@@ -91,9 +91,15 @@ class Writer(TorchCheckpointEngine):
         except Exception as error:  # on a full disk, torch's writer has a RuntimeError
             while error.__context__ and not isinstance(error, OSError):
                 error = error.__context__
-            self.failure = self.failure or f"{path}: {getattr(error, 'strerror', None) or error}"
+            self.failure = self.failure or failure_of(error, path)
         finally:
             set_crc32_options(True)
+
+
+def failure_of(error: Exception, path) -> tuple[str, bool]:
+    """(what went wrong, whether the disk is full)."""
+    words = f"{path}: {getattr(error, 'strerror', None) or error}"
+    return words, isinstance(error, OSError) and is_full(error)
 
 
 class Sums:
@@ -116,16 +122,28 @@ def save(engine, step: int, folder: Path, settings: dict, keep: int, every: int)
     Step 0 is never saved; an existing checkpoint is not rewritten.
 
     settings: what must be the same when the checkpoint is used. Returns what went wrong, on any
-    rank; then the older checkpoints are as they were."""
+    rank; then the newest checkpoint is as it was, and so are the older ones, but where the disk is
+    full: there the oldest ones make room."""
     path = folder / f"step_{step:06d}"
     if step == 0 or share(path.exists()):
         return None
-    scratch = path.with_suffix(".partial")
-    on_main(lambda: _clean(folder))
+    while failure := _write(engine, path, settings):
+        on_main(lambda: _clean(folder))
+        words, full = failure
+        if not full or not on_main(lambda: make_room(folder, every)):
+            return words
+    on_main(lambda: _prune(folder, keep, every))
+    return None
+
+
+def _write(engine, path: Path, settings: dict) -> tuple[str, bool] | None:
+    """Write a checkpoint. Returns `failure_of` any rank."""
+    scratch, step = path.with_suffix(".partial"), step_of(path)
+    on_main(lambda: _clean(path.parent))
     engine.checkpoint_engine = writer = Writer()
     engine._copy_recovery_script = lambda save_path: None  # export.py does that script's work
     engine.save_checkpoint(
-        str(folder),
+        str(path.parent),
         tag=scratch.name,
         client_state={"step": step},
         save_latest=False,
@@ -134,29 +152,52 @@ def save(engine, step: int, folder: Path, settings: dict, keep: int, every: int)
     files = {name: sums for written in gather(writer.files) for name, sums in written.items()}
     facts = {"step": step, "world": dist.get_world_size(), "run": settings, "files": files}
     facts["stage"] = engine.zero_optimization_stage()
-    failure = first(writer.failure)
-    try:
-        if failure is None:
-            on_main(lambda: _publish(scratch, path, facts))
-    except UserError as error:
-        failure = str(error)
-    on_main(lambda: _clean(folder) if failure else _prune(folder, keep, every))
-    return failure
+    return first(writer.failure) or on_main(lambda: _publish(scratch, path, facts))
 
 
-def _publish(scratch: Path, path: Path, facts: dict):
+def _publish(scratch: Path, path: Path, facts: dict) -> tuple[str, bool] | None:
     """List the files and give the folder its name; each step is on the disk before the next."""
-    write(scratch / LIST, json.dumps(facts, indent=2) + "\n")
-    scratch.rename(path)
-    sync(path.parent)
+    try:
+        write(scratch / LIST, json.dumps(facts, indent=2) + "\n")
+        scratch.rename(path)
+        sync(path.parent)
+    except OSError as error:
+        return failure_of(error, scratch / LIST)
+
+
+def make_room(folder: Path, every: int) -> bool:
+    """Delete the oldest checkpoint, where that helps: the newest one is whole, and would fit into
+    what the older ones take and what is free. Those of every `every`th step stay."""
+    whole = complete(folder)
+    spare = [path for path in whole[1:] if not every or step_of(path) % every]
+    if not spare or _flaw(whole[0]):
+        return False
+    room = shutil.disk_usage(folder).free + sum(map(_size, spare))
+    if room < _size(whole[0]):
+        return False
+    print0(f"Warning: the disk is full; {spare[-1]} is deleted to make room.")
+    return _delete(spare[-1])
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def _prune(folder: Path, keep: int, every: int):
     for path in complete(folder)[keep:]:
         if not every or step_of(path) % every:
-            with contextlib.suppress(OSError):  # the next save tries again
-                path.rename(path.with_suffix(".old"))  # a kill must not leave half a checkpoint
+            _delete(path)  # where that fails, the next save tries again
     _clean(folder)
+
+
+def _delete(path: Path) -> bool:
+    """Delete a checkpoint; False where that is not possible."""
+    try:
+        path.rename(path.with_suffix(".old"))  # a kill must not leave half a checkpoint
+    except OSError:
+        return False
+    _clean(path.parent)
+    return True
 
 
 def _clean(folder: Path):

@@ -70,7 +70,7 @@ def read_log(path: Path, is_whole: Callable[[dict], bool]) -> list[dict]:
             if is_whole(found := _parse(line)):
                 whole.append(found)
     if damaged := len(lines) - len(whole):
-        _warn_once(f"{path}: {damaged} of {len(lines)} lines are damaged and were skipped.")
+        warn_once(f"{path}: {damaged} of {len(lines)} lines are damaged and were skipped.")
     return whole
 
 
@@ -103,7 +103,8 @@ def _parse(data: bytes) -> dict:
 
 
 @functools.cache
-def _warn_once(sentence: str):
+def warn_once(sentence: str):
+    """Print a warning on rank 0, where it has not been printed before."""
     if os.environ.get("RANK", "0") == "0":
         print(f"Warning: {sentence}", file=sys.stderr, flush=True)
 
@@ -121,9 +122,7 @@ def replacing(path: Path) -> Iterator[Path]:
     scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
         yield scratch
-        for inside in scratch.rglob("*"):
-            sync(inside)
-        sync(scratch)
+        sync_all(scratch)
         scratch.replace(path)
         sync(path.parent)
     except OSError as error:
@@ -143,6 +142,13 @@ def write(path: Path, text: str):
         scratch.write_text(text, "utf-8", "backslashreplace")  # of names of files that are no UTF-8
 
 
+def sync_all(path: Path):
+    """`sync` of a file, or of a folder and all that is in it."""
+    for inside in path.rglob("*"):
+        sync(inside)
+    sync(path)
+
+
 def sync(path: Path):
     """Wait until a file's bytes, or a folder's list of names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -153,6 +159,12 @@ def sync(path: Path):
             raise
     finally:
         os.close(descriptor)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there is no room on the disk. Libraries in Rust raise the number in their text."""
+    full = errno.ENOSPC, errno.EDQUOT
+    return error.errno in full or any(f"os error {number}" in str(error) for number in full)
 
 
 def set_aside(paths: list[Path]) -> list[Path]:

@@ -355,8 +355,8 @@ def shares_folder(folder: Path, patience: float = 10.0):
 
 
 class Stop:
-    """SIGTERM and SIGINT ask the job to stop, whichever rank they reach; a second SIGINT interrupts
-    at once.
+    """SIGTERM, SIGINT and SIGHUP ask the job to stop, whichever rank they reach; a second SIGINT
+    interrupts at once. A SIGHUP, of a terminal that is closed, is ignored under nohup.
 
     DeepSpeed's launch.py passes a SIGTERM to one rank, and to the next when that one has ended, so
     the ranks have to tell each other. It kills a rank 30 s after its signal. The `deepspeed`
@@ -365,8 +365,9 @@ class Stop:
     def __enter__(self):
         self.got, self.before = [], {}
         if threading.current_thread() is threading.main_thread():  # else Python refuses
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.before[number] = signal.signal(number, self.note)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self.note)
         return self
 
     def __exit__(self, *_):

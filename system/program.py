@@ -53,6 +53,37 @@ class Parser(argparse.ArgumentParser):
         leave(2, f"{self.prog}: error: {message}")
 
 
+class Steady:
+    """A text stream that loses what it cannot write, as on a full disk, and goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # of names of files that are no UTF-8
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def writelines(self, lines):
+        self.write("".join(lines))
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def keep_printing():
+    """From now on printing never ends the program, on a full disk or in a closed terminal."""
+    for name in ("stdout", "stderr"):
+        if not isinstance(stream := getattr(sys, name), Steady):
+            setattr(sys, name, Steady(stream))
+
+
 def leave(code: int, said: str, every_rank: bool = False):
     """Print a last line, once a node or on every rank, and exit."""
     if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
@@ -68,6 +99,7 @@ def reported(program: str, every_rank: bool = False) -> Iterator[None]:
     What all ranks know is printed once a node. every_rank: a rank may fail alone, so each prints
     its own, with its number."""
     rank = f"rank {os.environ.get('RANK', '0')}: "
+    keep_printing()
     try:
         yield
     except UserError as error:

@@ -27,7 +27,8 @@ class Worker(multiprocessing.context.SpawnProcess):
     def start(self):
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")  # has no file to import
-        signals = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        blocked = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+        signals = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
             super().start()  # the process inherits the mask, and so has it from the start
         finally:

@@ -460,7 +460,7 @@ with open("imports", "a") as file:
     print(__name__, file=file)
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # what a trainer does with them is not data's
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
@@ -512,10 +512,10 @@ def ended(pid, seconds):
     return False
 
 
-def test_a_worker_survives_ctrl_c_and_the_launchers_sigterm_and_ends_with_the_loader(trainer):
+def test_a_worker_survives_the_signals_that_stop_a_run_and_ends_with_the_loader(trainer):
     process, worker = trainer
     for said in ("started", "50"):  # it survives while it starts, and later
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.killpg(process.pid, number)
             assert not ended(worker, 0.5)
         assert go_on(process) == said

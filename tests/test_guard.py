@@ -132,6 +132,14 @@ def test_the_report_names_pairs_rows_timesteps_and_what_is_not_finite(tmp_path):
     assert report["parameters"] == {"all": 2, "nonfinite": []}
 
 
+def test_a_report_that_a_full_disk_refuses_is_part_of_the_one_sentence(tmp_path):
+    (tmp_path / "nonfinite").write_text("")  # no file can be written there
+    broken = NonFiniteSteps(tmp_path, 1, 1)
+    note(broken)
+    with pytest.raises(UserError, match=r"rank_1\.json could not be written \(.*; likely "):
+        broken.after_step(12, Engine(None))
+
+
 def test_sft_has_winners_alone_and_kto_a_loss_an_image(tmp_path):
     broken = NonFiniteSteps(tmp_path, 0, 1)
     x = torch.tensor([1.0, math.inf])

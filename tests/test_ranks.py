@@ -296,6 +296,22 @@ def test_stop_notes_signals_raises_at_the_second_interrupt_and_restores_the_hand
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+def test_a_closed_terminal_asks_to_stop_but_not_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with processes.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.asked() == signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a program
+        with processes.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.asked() == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_stop_in_another_thread_leaves_the_handlers_alone():
     seen, before = [], signal.getsignal(signal.SIGTERM)
 

@@ -83,7 +83,7 @@ def render(record: dict, lines: list[dict]) -> str:
     means = {
         name: f"{sum(line[name] for line in last) / len(last):.4g}"
         for name in names
-        if all(isinstance(line[name], float) and math.isfinite(line[name]) for line in last)
+        if all(isinstance(line.get(name), float) and math.isfinite(line[name]) for line in last)
     }
     tags = [record["method"], "preference-alignment", "text-to-image"]
     front = ModelCardData(

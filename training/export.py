@@ -12,6 +12,8 @@ runs.
 """
 
 import argparse
+import glob
+import shutil
 from pathlib import Path
 
 from system.program import Parser, reported
@@ -41,10 +43,9 @@ from system import checkpoint
 from system.files import UserError, read_json, replacing
 from training import lora
 from training.card import render
-from training.folder import read_metrics
+from training.folder import read_metrics, read_record
 from training.plan import compute_dtype
 
-FIX = "an export needs the run's folder around its checkpoints"  # where a file of it is damaged
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -52,13 +53,13 @@ def find(path: Path) -> Path:
     """The checkpoint that a run's folder or a checkpoint's folder means. Raises UserError."""
     if (path / checkpoint.LIST).exists():
         return path
+    if found := checkpoint.complete(path / "checkpoints"):
+        return found[0]
     if not (path / "run.json").exists():
         raise UserError(
             f"{path}: is neither a run's folder nor a checkpoint; name the --out of a run, or a "
             "checkpoints/step_* in it."
         )
-    if found := checkpoint.complete(path / "checkpoints"):
-        return found[0]
     raise UserError(
         f"{path}: has no checkpoint; if the run has finished, the folder is the model itself, else "
         "repeat its command with --checkpoint-every."
@@ -96,8 +97,8 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
     pipeline) to out (None: exports/ in the run's folder). Returns the folder."""
     path = find(path.resolve())
     folder, step = path.parent.parent, checkpoint.read_list(path)["step"]
-    settings = argparse.Namespace(**read_json(folder / "run.json", FIX))
-    facts = read_json(folder / "card.json", FIX)
+    settings = argparse.Namespace(**read_record(folder))
+    facts = read_json(folder / "card.json", "an export needs what it says of the run")
     adapters = lora.trains_adapters(settings)
     kind = kind or ("lora" if adapters else "pipeline")
     if kind == "lora" and not adapters:
@@ -117,6 +118,8 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
         unet.unload_lora()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        for left in out.parent.glob(f"{glob.escape(out.name)}.*.new"):  # an export was killed
+            shutil.rmtree(left, ignore_errors=True)
         with replacing(out) as scratch:
             scratch.mkdir()
             if kind == "lora":

@@ -12,10 +12,12 @@ unets/                  models exported during training, fp32
 nonfinite/              what to look at where steps failed; see guard.py
 curves.png, README.md   training curves, model card
 cost.json               UNet calls, FLOPs, time, memory
+result.json             how many bytes each file of the result has
 model_index.json, ...   the aligned pipeline in diffusers layout, written at the end; of a LoRA
                         run pytorch_lora_weights.safetensors, for load_lora_weights
 """
 
+import contextlib
 import json
 import math
 import os
@@ -23,7 +25,17 @@ import shutil
 from pathlib import Path
 
 from system import checkpoint, files
-from system.files import UserError, is_number, is_step, read_log, write
+from system.files import (
+    UserError,
+    is_number,
+    is_step,
+    read_json,
+    read_log,
+    set_aside,
+    sync_all,
+    warn_once,
+    write,
+)
 from system.lock import LOCK, not_written
 
 # Settings a resumed run may change: flags, and keys of ds_config.json and of its optimizer.
@@ -34,6 +46,8 @@ ENGINE |= {"tensorboard", "csv_monitor", "wandb", "steps_per_print", "wall_clock
 KERNELS = {"torch_adam", "fused", "foreach"}
 # What run.json has beside the settings; it is known only once data and model have been read.
 FROM_INPUTS = {"data_fingerprint", "start_identity"}
+
+RESULT = "result.json"
 
 # -------------------------------------------------------------------------------------------------
 # What a resumed run may change.
@@ -67,28 +81,44 @@ def differences(there: dict, now: dict) -> str:
 
 def check_folder(out: Path, settings: dict):
     """Raises UserError where `out` cannot be written to, or holds something else or another run."""
-    record, place = out / "run.json", out
+    place = out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder.")
     while not place.exists():
         place = place.parent
     if not os.access(place, os.W_OK):
         raise UserError(f"--out {out}: {place} cannot be written to; name another folder.")
-    if not record.exists():
+    if not (out / "run.json").exists() and not checkpoint.complete(out / "checkpoints"):
         if out.exists() and not all(map(is_ours, out.iterdir())):
             raise UserError(f"--out {out}: holds files of something else; name an empty folder.")
         return
-    try:
-        there = json.loads(record.read_text())
-    except ValueError as error:
-        raise UserError(
-            f"--out {out}: its run.json is damaged ({error}); name another folder."
-        ) from error
-    if differ := differences(there, settings):
+    if differ := differences(read_record(out), settings):
         raise UserError(
             f"--out {out}: holds another run ({differ}); name another folder, or repeat that run's "
             "command to resume it."
         )
+
+
+def read_record(out: Path) -> dict:
+    """The settings in run.json; where it is damaged or lost, those of the newest checkpoint that
+    has them, which are the ones that decide the result. Raises UserError."""
+    try:
+        found = read_json(out / "run.json")
+        result_settings(found)
+        if isinstance(found["ds_config"], dict) and isinstance(found["model"], str):
+            return found
+        flaw = f"{out / 'run.json'} cannot be read (it has no settings)"
+    except UserError as error:
+        flaw = str(error).rstrip(".")
+    except (AttributeError, KeyError, TypeError) as error:
+        flaw = f"{out / 'run.json'} cannot be read ({type(error).__name__}: {error})"
+    for path in checkpoint.complete(out / "checkpoints"):
+        with contextlib.suppress(UserError):
+            run = checkpoint.read_list(path)["run"]
+            warn_once(f"{flaw}; the settings are those of {path.name}.")
+            config = {k[10:]: v for k, v in run.items() if k.startswith("ds_config.")}
+            return {k: v for k, v in run.items() if k[:10] != "ds_config."} | {"ds_config": config}
+    raise UserError(f"{flaw}, and no checkpoint has its settings; name another folder.")
 
 
 def is_ours(path: Path) -> bool:
@@ -102,6 +132,8 @@ def claim(out: Path, record: dict, facts: dict):
     """Make `out`, whose lock is held, this run's. Raises UserError."""
     check_folder(out, record)
     try:
+        if (out / "run.json").is_dir():
+            set_aside([out / "run.json"])
         write(out / "run.json", json.dumps(record, indent=2) + "\n")
         write(out / "card.json", json.dumps(facts, indent=2) + "\n")
         for name in ("samples", "checkpoints"):  # after run.json, which says whose they are
@@ -114,7 +146,7 @@ def claim(out: Path, record: dict, facts: dict):
 
 def delete_unfinished(out: Path):
     """Delete what a killed job has left unfinished beside its files, see `replacing`."""
-    for scratch in (*out.glob("*.new"), *out.glob("samples/*.new")):
+    for scratch in (*out.glob("*.new"), *out.glob("samples/*.new"), *out.glob("unets/*.new")):
         if scratch.is_dir():
             shutil.rmtree(scratch)
         else:
@@ -125,10 +157,54 @@ def delete_unfinished(out: Path):
 # How far the run is.
 
 
+def list_result(out: Path, names: list[str], step: int):
+    """Write result.json: the size of each file of the result, which is these files and folders.
+
+    All are on the disk before README.md, which comes next, says that the run has finished."""
+    sizes = {}
+    for path in [out / name for name in names if (out / name).exists()]:
+        sync_all(path)
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        sizes |= {str(f.relative_to(out)): f.stat().st_size for f in files if f.is_file()}
+    write(out / RESULT, json.dumps({"step": step, "files": sizes}, indent=2) + "\n")
+
+
 def finished(out: Path, steps: int) -> bool:
-    """Whether the run in `out` has written its pipeline after that many steps."""
-    lines = read_metrics(out)
-    return (out / "README.md").exists() and bool(lines) and lines[-1]["step"] >= steps
+    """Whether the result of that many steps is in `out`. Where a file of it is damaged, and there
+    is a checkpoint to write it again from, it is not, with a warning; else UserError."""
+    if not (out / "README.md").exists():
+        return False
+    if not (out / RESULT).exists():  # runs had no list once
+        lines = read_metrics(out)
+        return bool(lines) and lines[-1]["step"] >= steps
+    try:
+        step, sizes = read_result(out)
+        if step < steps:
+            return False
+        for name, size in sizes.items():
+            if (found := (out / name).stat().st_size) != size:
+                raise UserError(f"{out / name} has {found:,} of {size:,} bytes.")
+        return True
+    except UserError as error:
+        flaw = str(error).rstrip(".")
+    except (OSError, ValueError) as error:  # ValueError: of a name that cannot be one
+        flaw = f"{out / name} cannot be read ({getattr(error, 'strerror', None) or error})"
+    if at := resumes_at(out):
+        warn_once(f"{flaw}; the result is written again from the checkpoint of step {at}.")
+        return False
+    raise UserError(
+        f"--out {out}: {flaw}, and there is no checkpoint to write the result again from; put back "
+        f"a copy, or delete {out / 'README.md'} to train from the start."
+    )
+
+
+def read_result(out: Path) -> tuple[int, dict[str, int]]:
+    """(step, {file: bytes}) of result.json. Raises UserError."""
+    found = read_json(out / RESULT)
+    step, sizes = found.get("step"), found.get("files")
+    if not is_step(step) or not isinstance(sizes, dict) or not all(map(is_step, sizes.values())):
+        raise UserError(f"{out / RESULT} cannot be read (it lists no files).")
+    return step, sizes
 
 
 def resumes_at(out: Path) -> int:

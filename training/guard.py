@@ -151,10 +151,14 @@ class NonFiniteSteps:
         pairs = [pair for note in notes for pair in _pairs(*note)]
         parameters = _parameters(engine.module)
         file = self.out / "nonfinite" / f"step_{step:06d}_rank_{self.rank}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
         report = {"step": step, "rank": self.rank, "skipped_in_a_row": self.skipped}
         report |= {"parameters": parameters, "statistics": _statistics(notes), "pairs": pairs}
-        write(file, json.dumps(_plain(report), indent=1, allow_nan=False) + "\n")
+        where = f"{file.parent} has the last one's rows and timesteps"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(file, json.dumps(_plain(report), indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            where = f"{file} could not be written ({error.strerror})"
         if parameters["nonfinite"]:
             likely = "the weights themselves are broken: start from an earlier checkpoint"
         elif any(pair["nonfinite"] for pair in pairs):
@@ -166,8 +170,7 @@ class NonFiniteSteps:
             )
         raise UserError(
             f"{self.skipped} steps in a row had a non-finite loss or gradient (steps "
-            f"{step - self.skipped + 1} to {step}); {file.parent} has the last one's rows and "
-            f"timesteps; likely {likely}."
+            f"{step - self.skipped + 1} to {step}); {where}; likely {likely}."
         )
 
 

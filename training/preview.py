@@ -26,7 +26,16 @@ import model
 import toy
 from evaluation import figures, prompts, scorers
 from evaluation.published import TOY
-from system.files import UserError, is_number, is_step, read_json, read_log, replacing, write
+from system.files import (
+    UserError,
+    is_number,
+    is_step,
+    read_json,
+    read_log,
+    replacing,
+    warn_once,
+    write,
+)
 from system.processes import is_main, print0, share
 
 PROMPTS = (
@@ -125,13 +134,16 @@ class Preview:
         write(file, json.dumps(line, indent=2) + "\n")
 
     def best(self) -> dict | None:
-        """What best.json says of best/, where there is one. UserError where it is damaged."""
-        file, fix = self.out / "best.json", "scores.jsonl has the scores of best/ as well"
-        if not file.exists():
-            return None
-        if not is_score(best := read_json(file, fix)):
-            raise UserError(f"{file}: says no step and scorer; {fix}.")
-        return best
+        """What best.json says of best/, where there is one; None, with a warning, where it is
+        damaged."""
+        file = self.out / "best.json"
+        try:
+            best = read_json(file) if file.exists() else None
+            if best is None or is_score(best):
+                return best
+            warn_once(f"{file} names no step and scorer.")
+        except UserError as error:
+            warn_once(str(error))
 
     def score(self, images: list[Image.Image]) -> np.ndarray:
         self.judge = self.judge or scorers.load(self.name, self.scorer_folder)  # on the CPU

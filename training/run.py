@@ -11,6 +11,7 @@ import errno
 import functools
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -26,12 +27,24 @@ from tqdm import tqdm
 import model
 from evaluation import figures
 from system import checkpoint
-from system.files import UserError, write
-from system.processes import Stop, agree, code_version, is_main, on_main, print0, shares_folder
+from system.files import UserError, is_full, replacing, write
+from system.hub import LORA
+from system.processes import (
+    Stop,
+    agree,
+    code_version,
+    is_main,
+    on_main,
+    print0,
+    share,
+    shares_folder,
+)
 from training import budget, card, folder, lora
 from training.guard import NonFiniteSteps, Watch
 from training.plan import Plan
 from training.preview import Preview
+
+PATIENCE, PAUSE = 30 * 60, 60  # seconds: how long the end waits for room; between two tries
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -46,7 +59,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, record: dict, facts: dict, limit: int, stop: Stop):
         self.args, self.out, self.record, self.stop = args, args.out, record, stop
         self.facts, self.code = facts, code_version()  # after resume, the code of step 1
-        self.bar, self.clock, self.lr = None, time.time(), 0.0
+        self.bar, self.clock, self.lr = None, time.monotonic(), 0.0
         self.micro, self.broken_pairs, self.pending = [], 0, ""
         self.watch, self.nonfinite = Watch(), NonFiniteSteps(args.out, dist.get_rank(), limit)
         self.preview = Preview(args)
@@ -74,7 +87,7 @@ class Run:
         values = values.tolist()  # the one point in a step where the CPU waits
         self.micro, self.broken_pairs = [], 0
         line = {"step": step + 1, **dict(zip(names, values, strict=False))}
-        norm, now = engine.get_global_grad_norm(), time.time()
+        norm, now = engine.get_global_grad_norm(), time.monotonic()
         line |= {
             "broken_pairs": int(values[-1]),
             "lr": self.lr,
@@ -139,7 +152,7 @@ class Run:
 
     def sample(self, engine, pipeline, step: int):
         """Draw pictures; keep the model whose pictures --judge likes best."""
-        clock, stop = time.time(), functools.partial(self.stop_if_asked, engine, step)
+        clock, stop = time.monotonic(), functools.partial(self.stop_if_asked, engine, step)
         scores, best = self.preview.draw(pipeline, step, stop)
         if is_main() and scores:
             shown = {f"judge/{key}": scores[key] for key in ("mean", "start", "win_rate")}
@@ -149,15 +162,20 @@ class Run:
             if is_main():
                 write_best = functools.partial(write_model, engine.module, weights)
                 self.warn_if_disk_full("best", lambda: self.preview.keep(scores, write_best))
-        self.clock += time.time() - clock  # drawing is not training
+        self.clock += time.monotonic() - clock  # drawing is not training
 
     def export(self, engine, target: Path):
         """Write the current model, for evaluate.py: a UNet, or the adapters."""
-        clock, weights = time.time(), full_weights(engine)
+        clock, weights = time.monotonic(), full_weights(engine)
+
+        def put_in_place():
+            with replacing(target) as scratch:
+                write_model(engine.module, weights, scratch)
+                shutil.rmtree(target, ignore_errors=True)  # of a run that resumes
+
         if is_main():
-            name = str(target.relative_to(self.out))
-            self.warn_if_disk_full(name, lambda: write_model(engine.module, weights, target))
-        self.clock += time.time() - clock
+            self.warn_if_disk_full(str(target.relative_to(self.out)), put_in_place)
+        self.clock += time.monotonic() - clock
 
     # ----- checkpoints
 
@@ -168,15 +186,15 @@ class Run:
 
     def save(self, engine, step: int) -> str | None:
         """Write a checkpoint. Where that fails, warn, and return why."""
-        clock, keep, every = time.time(), self.args.keep, self.args.keep_every
+        clock, keep, every = time.monotonic(), self.args.keep, self.args.keep_every
         settings = folder.result_settings(self.record) | {"code": self.code}
         failure = checkpoint.save(engine, step, self.out / "checkpoints", settings, keep, every)
         if failure and is_main():
             self.print_above_bar(
-                f"Warning: no checkpoint of step {step} ({failure}); the older ones are untouched "
-                "and training continues."
+                f"Warning: no checkpoint of step {step} ({failure}); the newest one is untouched "
+                "and the run continues."
             )
-        self.clock += time.time() - clock
+        self.clock += time.monotonic() - clock
         return failure
 
     def resume(self, engine) -> int:
@@ -200,11 +218,11 @@ class Run:
         on_main(lambda: folder.drop_metrics(self.out, start))
         options = {"desc": self.out.name, "unit": "step", "total": self.args.steps}
         self.bar = tqdm(**options, initial=start, disable=not is_main())
-        self.clock, self.lr = time.time(), engine.get_lr()[0]
+        self.clock, self.lr = time.monotonic(), engine.get_lr()[0]
         return start
 
     def stop_if_asked(self, engine, step: int):
-        """Save `step` and exit if SIGTERM or SIGINT has come, on any rank."""
+        """Save `step` and exit if a signal to stop has come, on any rank."""
         if signum := self.stop.asked():
             where = "the last checkpoint" if self.save(engine, step) else "there"
             name = signal.Signals(signum).name
@@ -224,18 +242,21 @@ class Run:
             self.append()
             if lora.attached(engine.module):
                 write_model(engine.module, weights, self.out)
+                names = [LORA]
             else:
                 start = lora.load_start(self.args, torch.float32)
                 model.save_pipeline(start, weights, self.out)
+                names = ["model_index.json", *start.components]
             lines = folder.read_metrics(self.out)
             cost = budget.work_done(self.args, plan) | measured(lines, engine.device, memory)
             write(self.out / "cost.json", json.dumps(cost, indent=2) + "\n")
             title, method = self.facts["title"], self.facts["method"]
             figures.curves(lines, self.out / "curves.png", title, method)
+            folder.list_result(self.out, [*names, "cost.json", "curves.png"], self.args.steps)
             write(self.out / "README.md", card.render(self.facts, lines))
 
         try:
-            on_main(write_all)
+            self.when_there_is_room(engine, write_all)
         except UserError as error:
             raise UserError(
                 f"--out {self.out}: the aligned model was not written ({error}); make room and "
@@ -247,6 +268,37 @@ class Run:
                 f"The model of step {best['step']}, whose pictures {best['scorer']} liked best, is "
                 f"in {self.out / 'best'}."
             )
+
+    def when_there_is_room(self, engine, action: Callable[[], None]):
+        """action() on rank 0 (collective); an OSError becomes a UserError. Where the disk is full,
+        an older checkpoint makes room, or all ranks wait for it, and leave where a signal asks."""
+
+        def attempt() -> tuple[str, bool] | None:
+            try:
+                return action()
+            except OSError as error:
+                return str(error), is_full(error)
+
+        keep, steps = self.args.keep_every, self.args.steps
+        make_room = functools.partial(checkpoint.make_room, self.out / "checkpoints", keep)
+        end = time.monotonic() + PATIENCE
+        while failure := on_main(attempt):
+            words, full = failure
+            self.save(engine, steps)  # where it has none yet, so that the model is safe
+            left = share(end - time.monotonic())
+            if not full or left <= 0:
+                raise UserError(words)
+            if on_main(make_room):
+                continue
+            print0(
+                f"Warning: the aligned model was not written yet ({words}); waiting for room, at "
+                f"most {math.ceil(left / 60)} more minute(s). SIGTERM or Ctrl-C ends the waiting.",
+                file=sys.stderr,
+            )
+            pause = time.monotonic() + min(PAUSE, left)
+            while share(time.monotonic() < pause):
+                self.stop_if_asked(engine, steps)
+                time.sleep(min(1, PAUSE))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -265,7 +317,7 @@ def peak_memory(device: torch.device) -> int:
 def measured(lines: list[dict], device: torch.device, memory: int) -> dict:
     """The measured part of cost.json. Its time is that of the steps that count: start, sampling,
     saving and what a crash lost are left out."""
-    seconds, ranks = sum(line["seconds"] for line in lines), dist.get_world_size()
+    seconds, ranks = sum(line.get("seconds") or 0 for line in lines), dist.get_world_size()
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     spent = {"seconds": seconds, "devices": ranks, "device": name}
     return spent | {"device_hours": seconds * ranks / 3600, "peak_memory": memory}
