@@ -604,7 +604,7 @@ MISTAKES = {
     "argument --guidance: 'nan' is not a finite number": ["--guidance", "nan"],
     "differ in their usual guidance (large 5, old 7.5)": ["--models", "large", "old"],
     "differ in their usual steps (dull 25, old 50)": ["--models", "dull", "old"],
-    "spent/cost.json' is damaged": ["--models", "dull", "spent"],
+    "spent/cost.json is damaged; delete it": ["--models", "dull", "spent"],
     "unrecognized arguments: --seed-s": ["--seed-s", "1"],
 }  # fmt: skip
 
