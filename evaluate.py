@@ -52,7 +52,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evaluation.published import PUBLISHED_SCORERS, TITLES, TOY
-from system.files import UserError, set_aside, write
+from system.files import UserError, encoded, set_aside, write
 from system.program import Parser, reported
 
 NAME = r"\w[\w.+-]*"  # of a model or prompt set: it becomes a folder
@@ -234,9 +234,13 @@ def check_out(out: Path):
 
 def family(pipeline: str) -> str:
     """tiny, sdxl or sd15: of USUAL. An SDXL is tiny with latents up to 32 px."""
-    kind = hub.architecture(pipeline)
-    small = kind == "sdxl" and hub.read_config(pipeline, "unet")["sample_size"] <= 32
-    return "tiny" if small else kind
+    kind, size = hub.architecture(pipeline), hub.read_config(pipeline, "unet").get("sample_size")
+    if type(size) is not int:
+        raise UserError(
+            f"'{pipeline}' has sample_size {size} in its UNet's config.json; write one number "
+            "there, the side of the latents."
+        )
+    return "tiny" if kind == "sdxl" and size <= 32 else kind
 
 
 def choose_settings(args: argparse.Namespace, families: dict[str, str]) -> dict[str, dict]:
@@ -337,7 +341,7 @@ def report(found: Found, judged: dict[str, dict], out: Path) -> dict:
     texts = {"scores.json": gallery.to_json(kept), "results.json": gallery.to_json(results)}
     texts["table.md"] = tables.table(results)
     there = [out / name for name in texts if (out / name).is_file()]
-    if any(path.read_bytes() != texts[path.name].encode() for path in there):
+    if any(path.read_bytes() != encoded(texts[path.name]) for path in there):
         there += [path for key in found if (path := out / f"{key}.png").is_file()]
         kept = ", ".join(path.name for path in set_aside(there))
         print(f"The earlier results, of other models or settings, are kept as {kept}.\n")

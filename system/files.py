@@ -39,6 +39,11 @@ def differences(there: dict, now: dict, most: int | None = None) -> str:
     return "; ".join(f"{key}: {there.get(key)} there, {now.get(key)} now" for key in keys[:most])
 
 
+def expanded(path: str) -> Path:
+    """With ~ as the home folder; ~nobody stays (pathlib raises a RuntimeError)."""
+    return Path(os.path.expanduser(path))
+
+
 # -------------------------------------------------------------------------------------------------
 # Reading files of ours, which a crash or a bad disk may have damaged.
 
@@ -140,7 +145,11 @@ def replacing(path: Path) -> Iterator[Path]:
 def write(path: Path, text: str):
     """Write a text file, or leave what was there."""
     with replacing(path) as scratch:
-        scratch.write_text(text, "utf-8", "backslashreplace")  # of names of files that are no UTF-8
+        scratch.write_bytes(encoded(text))
+
+
+def encoded(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")  # of names of files that are no UTF-8
 
 
 def sync_all(path: Path):

@@ -26,7 +26,7 @@ import model
 import toy
 from evaluation import gallery, prompts, published, scorers
 from system.files import ROOT, UserError
-from system.lock import alone
+from system.lock import LOCK, alone
 
 # --------------------------------------------------------------------------------------------------
 # A stub: a "model" is a folder whose name says how well it draws.
@@ -91,8 +91,9 @@ def manifest(folder) -> dict:
 
 
 def files(folder, pattern="**/*") -> dict[str, bytes]:
-    """The bytes of all files below a folder, by their place in it."""
+    """The bytes of all files below a folder but its lock, by their place in it."""
     paths = sorted(path for path in Path(folder).glob(pattern) if path.is_file())
+    paths = [path for path in paths if path.name != LOCK]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
@@ -431,7 +432,7 @@ def test_other_weights_or_libraries_and_pictures_of_others_are_refused(stub, cap
     error = refused(capsys)
     assert "'out/images/toy/vivid' holds other images (identity: " in error and not stub.calls
     Path("out/images/toy/base/manifest.json").write_text('{"images": [')
-    assert "manifest.json' is damaged" in refused(capsys)
+    assert "manifest.json cannot be read (Expecting value" in refused(capsys)
     Path("out/images/toy/base/manifest.json").unlink()
     assert "holds pictures without a manifest" in refused(capsys)
 
@@ -443,7 +444,7 @@ def test_a_second_job_in_the_folder_is_refused_until_the_first_ends(stub, capsys
         patch.setattr(evaluate, "check_out", lambda out: None)
         with alone(Path("out")):
             assert told in refused(capsys) and stub.loaded
-    assert files("out") == {".lock": b""} and not stub.calls
+    assert not files("out") and not stub.calls
     stub.loaded.clear()
     with alone(Path("out")):
         assert told in refused(capsys) and not stub.loaded
@@ -585,7 +586,7 @@ MISTAKES = {
     "'few' holds 5 pictures, no multiple of the 18 prompts of toy": [
         "--models", "dull", "few", "--prompts", "toy",
     ],
-    "'broken/2.png' is not there or no picture": [
+    "'broken/2.png' cannot be read as a picture (is no picture that can be read (PNG": [
         "--models", "dull", "broken", "--prompts", "two.txt",
     ],
     "number of images is 18 for dull and 36 for many": [
@@ -764,8 +765,8 @@ def test_a_killed_rank_ends_the_others_with_one_sentence(when, real, tmp_path):
     left, killed = start([when, *argv], 2, ENDS)
     said, _ = left.communicate(timeout=60)[1], killed.communicate()
     assert (left.returncode, killed.returncode) == (1, -signal.SIGKILL), said
-    gone = "evaluate.py: error: rank 0: another rank is gone; the same command resumes."
-    assert said.splitlines()[-1] == gone and "Traceback" not in said and "[W" not in said
+    assert said.splitlines()[-1].startswith("evaluate.py: error: rank 0: another rank is gone; ")
+    assert "Traceback" not in said and "[W" not in said
 
 
 def test_ranks_share_the_batches_of_drawing_and_of_scoring(stub, monkeypatch):
