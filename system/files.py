@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
+from system.text import printable
+
 ROOT = Path(__file__).parents[1]  # the folder of train_inpo.py
 
 # -------------------------------------------------------------------------------------------------
@@ -25,11 +27,11 @@ ROOT = Path(__file__).parents[1]  # the folder of train_inpo.py
 class UserError(ValueError):
     """What a user can set right: one sentence with the file, row or flag, and the fix.
 
-    torch's DataLoader rebuilds a worker's exception from the text of its traceback; the sentence is
-    cut out of that text again."""
+    It may name what others wrote, which is made `printable`. torch's DataLoader rebuilds a worker's
+    exception from the text of its traceback; the sentence is cut out of that text again."""
 
     def __init__(self, sentence: str):
-        super().__init__(sentence.rsplit("UserError: ", 1)[-1].strip())
+        super().__init__(printable(sentence.rsplit("UserError: ", 1)[-1].strip()))
 
 
 def differences(there: dict, now: dict, most: int | None = None) -> str:
@@ -112,7 +114,7 @@ def _parse(data: bytes) -> dict:
 def warn_once(sentence: str):
     """Print a warning on rank 0, where it has not been printed before."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"Warning: {sentence}", file=sys.stderr, flush=True)
+        print(f"Warning: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 
 from system.files import ROOT, UserError
+from system.text import printable
 
 # -------------------------------------------------------------------------------------------------
 # Printing. It works before join(), too.
@@ -52,7 +53,7 @@ def is_main() -> bool:
 
 def print0(*words, file=None):
     if is_main():
-        print(*words, file=file, flush=True)
+        print(*(printable(str(word), kept="\n") for word in words), file=file, flush=True)
 
 
 def spans(ranks: Sequence[int]) -> str:

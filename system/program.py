@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 
 from system.files import UserError
+from system.text import printable
 
 # Libraries print errors only: notes of many ranks, at import or load, hide what matters. This holds
 # for libraries that are imported later, and a user's own settings come first.
@@ -51,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", float, finite)  # of every flag that is declared as a float
 
     def error(self, message: str):
-        leave(2, f"{self.prog}: error: {message}")
+        leave(2, f"{self.prog}: error: {printable(message)}")
 
 
 class Steady:

@@ -40,9 +40,9 @@ from safetensors import SafetensorError
 
 import model
 from system import checkpoint
-from system.files import UserError, read_json, replacing
-from training import lora
-from training.card import render
+from system.files import UserError, replacing
+from system.text import markdown, printable
+from training import card, lora
 from training.folder import read_metrics, read_record
 from training.plan import compute_dtype
 
@@ -98,7 +98,7 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
     path = find(path.resolve())
     folder, step = path.parent.parent, checkpoint.read_list(path)["step"]
     settings = argparse.Namespace(**read_record(folder))
-    facts = read_json(folder / "card.json", "an export needs what it says of the run")
+    facts = card.read(folder / "card.json", "an export needs what it says of the run")
     adapters = lora.trains_adapters(settings)
     kind = kind or ("lora" if adapters else "pipeline")
     if kind == "lora" and not adapters:
@@ -108,10 +108,10 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
         raise UserError(f"--out {out}: exists and is not empty; name another folder.")
 
     pipeline, weights, warning = load(settings, path)
-    text = render(facts | {"adapters": kind == "lora"}, read_metrics(folder, step))
+    text = card.render(facts | {"adapters": kind == "lora"}, read_metrics(folder, step))
     if warning:
-        print(warning, file=sys.stderr)
-        text += f"\n{warning}\n"
+        print(printable(warning), file=sys.stderr)
+        text += f"\n{markdown(warning)}\n"
     unet = pipeline.unet
     if kind != "lora" and adapters:
         unet.fuse_lora(safe_fusing=True)
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None):
     args = parse(argv)
     with reported("training.export"):
         out = export(args.path, args.to, args.dtype, args.out)
-    print(f"Wrote {out}.")
+    print(f"Wrote {printable(str(out))}.")
 
 
 if __name__ == "__main__":
