@@ -53,6 +53,7 @@ from typing import NamedTuple
 
 from evaluation.published import PUBLISHED_SCORERS, TITLES, TOY
 from system.files import UserError, encoded, set_aside, write
+from system.hub import check_local
 from system.program import Parser, reported
 
 NAME = r"\w[\w.+-]*"  # of a model or prompt set: it becomes a folder
@@ -99,6 +100,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_flags(args)
     args.models = name_models(args.models)
+    for path in [*args.models.values(), *([args.base] if args.base else [])]:
+        check_local(path)
     return args
 
 

@@ -144,6 +144,13 @@ def find(name: str, what: str, *files: str) -> tuple[Path, str]:
     )
 
 
+def check_local(name: str):
+    """UserError for a model that is neither here nor can be on the hub, which is not asked."""
+    source = PRESETS.get(name, name)
+    if not os.path.exists(source) and not re.fullmatch(HUB_ID, source):
+        find(name, "model")  # raises
+
+
 def file_kind(path: Path) -> str:
     return f"a {path.suffix} file" if path.suffix else "a file without a suffix"
 

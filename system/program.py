@@ -5,6 +5,7 @@ Nothing here takes long to import, so that programs can answer --help and wrong 
 
 import argparse
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -107,8 +108,13 @@ def reported(program: str, every_rank: bool = False) -> Iterator[None]:
     except UserError as error:
         who = rank if every_rank else ""
         leave(2, f"{program}: error: {who}{error}", every_rank)
-    except RuntimeError as error:
-        if lost_peer(error):
+    except (RuntimeError, OSError) as error:
+        if os.strerror(errno.EMFILE) in str(error):
+            said = (
+                "too many files are open; raise the limit of open files (ulimit -n), or give fewer "
+                "--workers; the same command resumes."
+            )
+        elif lost_peer(error):
             said = "another rank is gone; unless it says what to mend, the same command resumes."
         elif why := lost_worker(error):
             said = (
