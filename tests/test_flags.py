@@ -6,10 +6,12 @@ import importlib
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import refusal, refuse
 
+import train_inpo
 from system.files import ROOT
 from system.program import Parser, reported
 from system.workers import check_open_files
@@ -126,3 +128,16 @@ def test_too_many_open_files_later_on_are_one_sentence(kind, capsys):
     assert stop.value.code == 1 and "ulimit -n" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError), reported("x"):
         raise FileNotFoundError(errno.ENOENT, "no such file")
+
+
+def test_a_working_folder_that_cannot_be_written_is_named_with_the_ways_out(
+    argv, capsys, tmp_path, monkeypatch
+):
+    """The toy's pairs are all that is written there; --out may lie elsewhere."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("out").touch()  # as a folder that is read-only, also for root
+    told = refuse(argv(data="toy", out=tmp_path / "run"), capsys)
+    assert "--data toy: its pairs cannot be drawn into" in told and "toy.py pairs --out" in told
+    train_inpo.main([*argv(out=tmp_path / "run"), "--dry-run"])
+    assert [path.name for path in Path().iterdir()] == ["out"]

@@ -243,7 +243,14 @@ def accumulate(args: argparse.Namespace, world: int) -> int:
 
 def read_pairs(args: argparse.Namespace):
     if args.data == "toy":
-        return data.read_pairs(str(toy.write_pairs_once("out/toy", n=2048)))
+        try:
+            return data.read_pairs(str(toy.write_pairs_once("out/toy", n=2048)))
+        except OSError as error:
+            raise UserError(
+                f"--data toy: its pairs cannot be drawn into {Path('out/toy').absolute()} "
+                f"({error.strerror}): start in another folder, or draw them yourself (python "
+                f"{ROOT / 'toy.py'} pairs --out FOLDER) and give --data FOLDER/pairs.parquet."
+            ) from error
     return data.read_pairs(args.data, args.split, args.dry_run, args.partial_data)
 
 
