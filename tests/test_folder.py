@@ -129,7 +129,7 @@ def test_a_result_that_is_not_whole_is_not_finished_and_the_same_command_writes_
     flags = {"steps": 2, "checkpoint_every": 1, "export_every": 1}
     train_inpo.main(argv(**flags))
     said = capsys.readouterr()
-    assert f"{again / UNET} has 100 of {size:,} bytes; the result is written again" in said.err
+    assert f"{again / UNET} has 100 of {size} bytes; the result is written again" in said.err
     assert "has finished" not in said.out and distance(weights(again), weights(done)) == 0
     train_inpo.main(argv(**flags))
     assert "has finished its 2 steps" in capsys.readouterr().out
