@@ -115,7 +115,7 @@ def programs(flags: list[str], ranks: int, folder: Path) -> dict[str, Program]:
 
 ALL, ONE = "all processes", "one process"
 KINDS = [(signal.SIGKILL, ONE), (signal.SIGTERM, ONE), (signal.SIGKILL, ALL), (signal.SIGHUP, ALL)]
-LATE = 120  # seconds after which a process that should have ended is a failure
+LATE = 300  # seconds after which a process that should have ended is a failure
 
 
 def start(program: Program, out: Path) -> list[subprocess.Popen]:
