@@ -9,60 +9,59 @@ crop, flip and caption dropout are functions of (seed, n) alone. So the data do 
 workers, accumulation or interruptions, and a resumed run counts on from its step.
 
 Where this departs from the released script, and why:
- 1. A broken image drops its pair, and is counted. There it leaves one column shorter than
-    the others, so that `datasets` raises IndexError and the run ends.
+ 1. A pair that cannot be read (an image, a caption) is left out, and named; another, drawn from
+    all, takes its place. There a broken image leaves one column shorter than the others, so that
+    `datasets` raises IndexError and the run ends.
  2. The pair shares its flip and random crop. There each image draws its own, so that winner and
     loser also differ by what nobody judged.
  3. A batch may cross the end of an epoch. There the last incomplete batch is lost.
- 4. Transparency becomes white, and the EXIF orientation is applied. There both are ignored.
+ 4. Transparency becomes white, the EXIF orientation is applied, and grey of more than 8 bits is
+    scaled. There all three are ignored.
  5. A label other than 0, 0.5 and 1 is an error. There such rows are removed like ties.
 """
 
-import contextlib
 import hashlib
-import io
 import itertools
 import math
 import pickle
 import re
-import shutil
-import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from sources import parquet
+from sources.pictures import PIXELS, decode, what_is_broken
+from sources.schema import COLUMNS, PICTURES, check_columns, check_labels
 from system.files import UserError
-from system.hub import PAIRS, check_pairs, file_kind, reachable, reason
-from system.workers import Loader, Spawn, leave_if_orphaned
+from system.hub import check_pairs, reachable, reason
+from system.workers import PREFETCH, Loader, Spawn, in_shared_memory, leave_if_orphaned
 
-if TYPE_CHECKING:  # imported where they are used, since they take a second
+if TYPE_CHECKING:  # imported where it is used, since it takes a second
     import datasets
-    import pyarrow
 
-COLUMNS = {"jpg_0": "binary", "jpg_1": "binary", "label_0": "", "caption": "string"}  # Arrow types
-ORDER, AUGMENT = 0, 1  # keep the random streams of one seed apart
-# The most pixels of a picture, as decoded and as resized for training. Below PIL's own limits.
-PIXELS = 8192 * 8192
-# Others are refused: they are rare in data, and a few of their readers start a program (EPS).
-FORMATS = ["PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM"]
-BROKEN_LIMIT = 100  # broken pairs in a row; more mean that the data are at fault, not a picture
+ORDER, AUGMENT, REPLACE, SAMPLE = 0, 1, 2, 3  # keep the random streams of one seed apart
+BROKEN_LIMIT = 100  # tries to find a whole pair; more mean that hardly any is
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading: columns and labels are checked before the Arrow cache (335 GB for Pick-a-Pic) is built.
+# Reading. Columns and labels are checked before the Arrow cache (335 GB for Pick-a-Pic) is built.
 
 
-def read_pairs(source: str, split: str = "train", labels_only=False) -> "datasets.Dataset":
+def read_pairs(
+    source: str, split: str = "train", labels_only=False, partial=False
+) -> "datasets.Dataset":
     """The rows of a source that are no ties, memory mapped, their images still encoded.
 
     source: a .parquet file; a folder of them, searched recursively and sorted (of files named as on
-    the hub, train-00000-of-00645.parquet, those of `split`); a folder by datasets' save_to_disk; or
-    a hub id. Columns: jpg_0, jpg_1 encoded bytes, label_0 1.0 (image 0 won), 0.0 (image 1 won) or
-    0.5 (tie), caption. The result's `.info.description` counts pairs and ties. Raises UserError.
+    the hub, train-00000-of-00645.parquet, those of `split`, all of them unless `partial`); a folder
+    by datasets' save_to_disk; or a hub id. Columns: jpg_0, jpg_1 encoded bytes, label_0 1.0 (image
+    0 won), 0.0 (image 1 won) or 0.5 (tie), caption. The result's `.info.description` counts pairs
+    and ties, its `.origin` tells where a row came from. Raises UserError.
 
     Disk: parquet files are copied once, at about their size (335 GB for Pick-a-Pic v2), into the
     Arrow cache in HF_DATASETS_CACHE (else HF_HOME/datasets), and stay there; a hub id is downloaded
@@ -71,159 +70,87 @@ def read_pairs(source: str, split: str = "train", labels_only=False) -> "dataset
     check_pairs(source)
     import datasets
 
-    path = Path(source).expanduser()
+    path, files = Path(source).expanduser(), None
     try:
-        dataset = _open(path, split, labels_only) if path.exists() else _from_hub(source, split)
+        if not path.exists():
+            dataset = _from_hub(source, split)
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            dataset = _saved(path, split)
+        else:
+            files = parquet.check(path, split, partial)
+            if labels_only:
+                columns = {"label_0": np.concatenate(list(files.values()))}
+                dataset = datasets.Dataset.from_dict(columns)
+            else:
+                dataset = parquet.copied(path, files)
     except UserError:
         raise
     except Exception as error:  # of datasets and the hub, which have no common class
         generic = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = (generic and error.__cause__) or error
         raise UserError(f"Cannot read the pairs '{source}': {reason(cause)}.") from error
-    labels = _check_labels(dataset.with_format("arrow")["label_0"], source)
+    labels = check_labels(dataset.with_format("arrow")["label_0"], source)
     decided = np.flatnonzero(labels != 0.5)
     ties = f"{len(labels) - len(decided)} of {len(labels)} rows are ties (label_0 0.5)"
     if not len(decided):
         raise UserError(f"{source} has no pair left: {ties}; give data with winners.")
     dataset = dataset.select(decided)
     dataset.info.description = f"{len(decided)} pairs; {ties}"
+    dataset.origin = Origin(files or {source: labels})
     return dataset
+
+
+class Origin:
+    """Where a row of `read_pairs` is in its files. labels: {file: labels}."""
+
+    def __init__(self, labels: dict[str, np.ndarray]):
+        self.labels = {file: column.astype(np.float16) for file, column in labels.items()}
+
+    def __call__(self, row: int) -> tuple[str, int]:
+        """(file, row in it), both counted from 0."""
+        for file, labels in self.labels.items():
+            decided = np.flatnonzero(labels != 0.5)
+            if row < len(decided):
+                return file, int(decided[row])
+            row -= len(decided)
+        raise IndexError(row)
 
 
 def _from_hub(source: str, split: str) -> "datasets.Dataset":
     import datasets
 
     datasets.config.HF_HUB_OFFLINE |= not reachable()
-    if features := datasets.load_dataset_builder(source).info.features:  # before the download
-        _check_columns(features.arrow_schema, source)
-    return _columns(datasets.load_dataset(source, split=split), source)
+    builder = datasets.load_dataset_builder(source)
+    if features := builder.info.features:  # before the download
+        check_columns(features.arrow_schema, source)
+    builder.download_and_prepare()
+    if re.split(r"[\[+]", split)[0] not in builder.info.splits:  # or train[:1000], train+test
+        there = ", ".join(builder.info.splits)
+        raise UserError(f"{source} has no split '{split}', it has {there}.")
+    return _columns(parquet.from_cache(builder, source, split), source)
 
 
-def _open(path: Path, split: str, labels_only: bool) -> "datasets.Dataset":
+def _saved(path: Path, split: str) -> "datasets.Dataset":
     import datasets
 
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        dataset = datasets.load_from_disk(str(path))
-        if isinstance(dataset, datasets.DatasetDict):
-            if split not in dataset:
-                raise UserError(f"{path} has no split '{split}', it has {', '.join(dataset)}.")
-            dataset = dataset[split]
-        return _columns(dataset, path)
-    labels = _check_files(path, split)
-    if labels_only:
-        return datasets.Dataset.from_dict({"label_0": np.concatenate(list(labels.values()))})
-    return _columns(_copied(path, list(labels)), path)
+    dataset = datasets.load_from_disk(str(path))
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise UserError(f"{path} has no split '{split}', it has {', '.join(dataset)}.")
+        dataset = dataset[split]
+    return _columns(dataset, path)
 
 
 def _columns(dataset: "datasets.Dataset", where: str | Path) -> "datasets.Dataset":
     """The columns that are read, images encoded. Raises UserError where one is missing."""
     import datasets
 
-    _check_columns(dataset.features.arrow_schema, where)
+    check_columns(dataset.features.arrow_schema, where)
     dataset = dataset.select_columns(list(COLUMNS))
-    for name in ("jpg_0", "jpg_1"):
+    for name in PICTURES:
         if isinstance(dataset.features[name], datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
     return dataset
-
-
-def _check_files(path: Path, split: str) -> dict[str, np.ndarray]:
-    """{file: its labels}, of the parquet files of a split that have rows; all are checked."""
-    if path.is_file() and path.suffix != ".parquet":
-        raise UserError(f"{path} is {file_kind(path)}; pairs are read from {PAIRS}.")
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    splits = {f: m[1] for f in files if (m := re.match(r"(.+)-\d{5}-of-\d{5}", f.name))}
-    if splits and path.is_dir():  # a copy of the hub's folder: do not train on its test split
-        files = [file for file in files if splits.get(file) == split]
-    if not files:
-        found = ", ".join(sorted(set(splits.values()))) or _contents(path)
-        raise UserError(f"{path} has no pairs of split '{split}', it holds {found}.")
-    labels = {}
-    for file in files:
-        with _parquet(file) as parquet:
-            _check_columns(parquet.schema_arrow, file)
-            labels[str(file)] = _check_labels(parquet.read(["label_0"])["label_0"], file)
-    labels = {file: column for file, column in labels.items() if len(column)}
-    if not labels:  # datasets cannot read a file without rows
-        raise UserError(f"{path} has no pair left: it has no rows.")
-    return labels
-
-
-def _contents(folder: Path) -> str:
-    """What a folder without pairs holds, in words."""
-    files = (file for file in itertools.islice(folder.rglob("*.*"), 1000) if file.is_file())
-    kinds = ", ".join(sorted({file.suffix for file in files})[:5])
-    return "no .parquet file and no saved dataset" + (f", but {kinds} files" if kinds else "")
-
-
-@contextlib.contextmanager
-def _parquet(file: str | Path):
-    """A pyarrow.parquet.ParquetFile; UserError where it cannot be read."""
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            yield parquet
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} is no readable parquet file; copy it again.") from error
-
-
-def _copied(path: Path, files: list[str]) -> "datasets.Dataset":
-    """The files in datasets' Arrow cache, which gives a row in 0.2 ms. UserError for a full disk.
-
-    Parquet itself gives a random row with its row group: 35 MB and 30 ms in groups of 100 rows of
-    350 KB, 335 MB and 300 ms in groups of 1,000. A step of 1,024 pairs would read 36 or 340 GB."""
-    import datasets
-
-    builder = datasets.load_dataset_builder("parquet", data_files=files, columns=list(COLUMNS))
-    cache, folder = Path(builder.cache_dir), Path(datasets.config.HF_DATASETS_CACHE).expanduser()
-    if not cache.exists():
-        need = sum(_bytes(file) for file in files)
-        # What another rank is copying, or a killed one has copied, counts as room. It is measured
-        # after the free space: while that rank writes, the sum is too large, never too small.
-        room = shutil.disk_usage(folder).free + _size(Path(f"{cache}.incomplete"))
-        if need > room and not cache.exists():  # by now it may be complete
-            raise UserError(
-                f"{path} needs {need / 1e9:.3g} GB for its copy in the Arrow cache, and {folder} "
-                f"has {room / 1e9:.3g} GB free: set HF_HOME or HF_DATASETS_CACHE to a folder on a "
-                "larger disk."
-            )
-    builder.download_and_prepare()
-    return builder.as_dataset("train")
-
-
-def _bytes(file: str) -> int:
-    """Size of the columns that are read, decompressed."""
-    with _parquet(file) as parquet:
-        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
-    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-    read = [column for column in columns if column.path_in_schema.split(".")[0] in COLUMNS]
-    return sum(column.total_uncompressed_size for column in read)
-
-
-def _size(folder: Path) -> int:
-    """Bytes of the files in a folder; 0 where there is none, or it is removed meanwhile."""
-    with contextlib.suppress(FileNotFoundError):
-        return sum(file.stat().st_size for file in folder.iterdir())
-    return 0
-
-
-def _check_columns(schema: "pyarrow.Schema", where: str | Path):
-    for name, wanted in COLUMNS.items():
-        if name not in schema.names:
-            raise UserError(f"{where} has no column '{name}', it has {', '.join(schema.names)}.")
-        if wanted not in (kind := str(schema.field(name).type)):
-            raise UserError(f"Column '{name}' of {where} holds {kind}, it must hold {wanted}.")
-
-
-def _check_labels(column: "pyarrow.ChunkedArray", where: str | Path) -> np.ndarray:
-    labels = column.to_numpy()
-    for row in np.flatnonzero(~np.isin(labels, (0.0, 0.5, 1.0)))[:1]:
-        raise UserError(
-            f"Row {row} (from 0) of {where} has label_0 {labels[row]}: it must be 1 where image 0 "
-            "won, 0 where image 1 won, 0.5 for a tie."
-        )
-    return labels
 
 
 def fingerprint(dataset: "datasets.Dataset") -> str:
@@ -235,8 +162,11 @@ def fingerprint(dataset: "datasets.Dataset") -> str:
     digest = hashlib.sha256(labels.astype("<f4").tobytes())
     rows = sorted({len(dataset) * i // 16 for i in range(16)})
     for row in rows if "caption" in dataset.column_names else []:
-        pair = dataset[row]
-        images = [_encoded(pair[name]) or b"" for name in ("jpg_0", "jpg_1")]
+        try:
+            pair = dataset[row]
+        except Exception:  # as in Pairs: the row is left out
+            continue
+        images = [_encoded(pair[name]) or b"" for name in PICTURES]
         for part in (*images, (pair["caption"] or "").encode()):
             digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()[:16]
@@ -248,50 +178,6 @@ def fingerprint(dataset: "datasets.Dataset") -> str:
 
 def _encoded(value: bytes | dict | None) -> bytes | None:
     return value["bytes"] if isinstance(value, dict) else value  # a dict: datasets' Image feature
-
-
-def decode(data: bytes) -> Image.Image:
-    """An upright RGB image of 8 bits, transparency over white, grey as `_grey` scales it.
-
-    Of more than PIXELS pixels it raises ValueError before it takes memory for them; below that it
-    takes at most 1.6 GB for a moment (measured: a JPEG 2000 of four bands; a PNG takes 1.1 GB).
-    Raises whatever PIL does for broken bytes."""
-    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if (count := math.prod(image.size)) > PIXELS:
-        raise ValueError(f"a picture has {count:,} pixels, more than {PIXELS:,}")
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _grey(image)
-    if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, "white")
-        canvas.alpha_composite(image.convert("RGBA"))
-        image = canvas
-    return image.convert("RGB")
-
-
-def _grey(image: Image.Image) -> Image.Image:
-    """A grey image of more than 8 bits in 8, black 0 and white 255. PIL would clip it at 255.
-
-    White is what the type says: 65535 of 16 bits (PNG, TIFF, JPEG 2000, and PPM, to which PIL gives
-    mode I and scales it so), 4095 of TIFF's 12 bits, 1 of floats (TIFF, PFM). TIFF's WhiteIsZero is
-    turned over. Raises ValueError where the type does not tell: floats outside 0..1 (a range that
-    neither format fixes), and TIFF's integers with a sign or of 32 bits, which hold measurements
-    more often than pictures."""
-    tags, values = getattr(image, "tag_v2", {}), np.asarray(image)
-    if image.mode == "I" and image.format != "PPM":
-        raise ValueError(f"a {image.format} of integers with a sign or of 32 bits has no white")
-    white = 1.0 if image.mode == "F" else 2.0 ** tags.get(258, (16,))[0] - 1  # BitsPerSample
-    scaled = values.astype(np.float32)
-    if not (scaled.min() >= 0 and scaled.max() <= white):  # or nan
-        raise ValueError(f"a {image.format} of floats has values outside 0..1")
-    scaled *= 255 / white
-    grey = np.rint(scaled, out=scaled).astype(np.uint8)
-    if tags.get(262) == 0:  # PhotometricInterpretation: WhiteIsZero
-        grey = 255 - grey
-    if isinstance(clear := image.info.get("transparency"), int):
-        grey[values == clear] = 255
-    return Image.fromarray(grey)
 
 
 def preprocess(
@@ -319,6 +205,44 @@ def preprocess(
     return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32, order="C")) / 127.5 - 1
 
 
+def read_pair(
+    pair: dict, resolution: int, crop_at: tuple[float, float] | None = None, flip: bool = False
+) -> tuple[Tensor, Tensor, str]:
+    """(winner, loser, caption) of a row. Raises ValueError, which says what of it is broken."""
+    images = []
+    for name in PICTURES:
+        try:
+            image = decode(_encoded(pair[name]) or b"")
+            images.append(preprocess(image, resolution, crop_at, flip))
+        except Exception as error:  # PIL: OSError, SyntaxError, ValueError, MemoryError, ...
+            raise ValueError(f"{name}: {what_is_broken(error)}") from error
+    winner, loser = images if pair["label_0"] == 1 else reversed(images)
+    return winner, loser, pair["caption"] or ""
+
+
+def sample(dataset: "datasets.Dataset", resolution: int, count: int = 64) -> tuple[int, list[str]]:
+    """(how many pairs, what is wrong with some) of a sample of `count`, or all, read and decoded.
+
+    It is the same for the same data. Where read_pairs has read labels alone, the files are read."""
+    broken, drawn = [], list(_some(dataset, count))
+    for (file, row), read in drawn:
+        try:
+            read_pair(read(), resolution)
+        except Exception as error:
+            broken.append(f"row {row} (from 0) of {file}: {what_is_broken(error)}")
+    return len(drawn), broken
+
+
+def _some(dataset: "datasets.Dataset", count: int) -> Iterator[tuple[tuple[str, int], Callable]]:
+    """((file, row in it), function that reads the pair)."""
+    if "caption" not in dataset.column_names:
+        for file, row, table in parquet.sample(dataset.origin.labels, count, SAMPLE):
+            yield (file, row), lambda table=table: table.to_pylist()[0]
+        return
+    for row in np.random.default_rng(SAMPLE).permutation(len(dataset))[:count].tolist():
+        yield dataset.origin(row), lambda row=row: dataset[row]
+
+
 class Pairs(torch.utils.data.Dataset):
     """Pair n of a run, n = 0, 1, ... without end. An epoch is len(self) pairs, in a new order.
 
@@ -339,7 +263,7 @@ class Pairs(torch.utils.data.Dataset):
         the state exceeded a pipe (64 KB), the trainer would wait for each worker's imports."""
         if self._shared is None:  # an attribute, since it must live until the worker has started
             rows = bytearray(pickle.dumps(self.dataset))
-            self._shared = torch.frombuffer(rows, dtype=torch.uint8).share_memory_()
+            self._shared = in_shared_memory(torch.frombuffer(rows, dtype=torch.uint8))
         return self.__dict__ | {"dataset": None, "_epoch": None, "_order": None}
 
     def __setstate__(self, state: dict):
@@ -357,6 +281,20 @@ class Pairs(torch.utils.data.Dataset):
             self._epoch, self._order = epoch, rng.permutation(len(self))
         return int(self._order[place])
 
+    def tries(self, n: int) -> Iterator[int]:
+        """The row of pair n, then those that take its place while they are broken: draws of all
+        rows. (The next rows in order would be seen twice an epoch, always those behind a broken
+        one.)"""
+        yield self.row(n)
+        rng = np.random.default_rng([self.seed, REPLACE, n])
+        while True:
+            yield int(rng.integers(len(self)))
+
+    def place(self, row: int) -> dict:
+        """The file of a row and its number there, from 0, where they are known."""
+        origin = getattr(self.dataset, "origin", None)
+        return dict(zip(("file", "file_row"), origin(row), strict=True)) if origin else {}
+
     def augmentation(self, n: int) -> tuple[tuple[float, float] | None, bool, bool]:
         """(crop_at, flip, drop the caption) of pair n, the same for its winner and its loser."""
         across, down, flip, drop = np.random.default_rng([self.seed, AUGMENT, n]).random(4)
@@ -364,24 +302,25 @@ class Pairs(torch.utils.data.Dataset):
         return crop_at, bool(self.flip and flip < 0.5), bool(drop < self.caption_dropout)
 
     def __getitem__(self, n: int) -> dict:
-        """winner, loser: (3, R, R) fp32 in -1..1. caption, row, n. skipped: number of broken pairs.
+        """winner, loser: (3, R, R) fp32 in -1..1. caption, row, n. broken: the rows in whose place
+        this one came, as dictionaries of n, row, file, file_row, and the reason.
 
-        The next pair in order replaces one with a broken image; UserError for 100 in a row."""
+        UserError where 100 rows are broken, one after the other."""
         crop_at, flip, drop = self.augmentation(n)
-        for skipped in range(BROKEN_LIMIT):
-            row = self.row(n + skipped)
-            pair = self.dataset[row]
-            try:
-                images = [decode(_encoded(pair[name])) for name in ("jpg_0", "jpg_1")]
-                images = [preprocess(image, self.resolution, crop_at, flip) for image in images]
-            except Exception:  # PIL: OSError, SyntaxError, ValueError, struct.error, ...
+        broken = []
+        for row in itertools.islice(self.tries(n), BROKEN_LIMIT):
+            try:  # whatever cannot be read is left out: a cell, a caption, a picture
+                pair = self.dataset[row]
+                winner, loser, caption = read_pair(pair, self.resolution, crop_at, flip)
+            except Exception as error:
+                place, why = self.place(row), what_is_broken(error)
+                broken.append({"n": n, "row": row, **place, "reason": why})
                 continue
-            winner, loser = images if pair["label_0"] == 1 else reversed(images)
-            item = {"winner": winner, "loser": loser, "row": row, "n": n, "skipped": skipped}
-            return {**item, "caption": "" if drop else pair["caption"] or ""}
+            item = {"winner": winner, "loser": loser, "row": row, "n": n, "broken": broken}
+            return {**item, "caption": "" if drop else caption}
         raise UserError(
-            f"{BROKEN_LIMIT} pairs in a row hold an image that cannot be decoded, the last in row "
-            f"{row} (from 0, ties not counted): check jpg_0 and jpg_1 of the data."
+            f"{BROKEN_LIMIT} pairs, drawn one after the other, are broken, the last one row {row} "
+            f"(from 0, ties not counted): {broken[-1]['reason']}; check the data."
         )
 
 
@@ -402,14 +341,17 @@ def pair_numbers(
 
 
 def collate(items: list[dict]) -> dict:
-    """pixels (2P, 3, R, R), winners first, then losers; captions; n, row (P,); skipped, summed."""
-    images = [item["winner"] for item in items] + [item["loser"] for item in items]
+    """pixels (2P, 3, R, R), winners first, then losers; captions; n, row (P,); broken, joined."""
+    pixels = [item["winner"] for item in items] + [item["loser"] for item in items]
+    pixels = torch.stack(pixels)
+    if torch.utils.data.get_worker_info():  # else a thread would do it, whose errors are lost
+        in_shared_memory(pixels)
     return {
-        "pixels": torch.stack(images),
+        "pixels": pixels,
         "captions": [item["caption"] for item in items],
         "n": torch.tensor([item["n"] for item in items]),
         "row": torch.tensor([item["row"] for item in items]),
-        "skipped": sum(item["skipped"] for item in items),
+        "broken": [row for item in items for row in item["broken"]],
     }
 
 
@@ -426,6 +368,7 @@ def loader(
         batch_sampler=[pair_numbers(*place, *shard) for place in places],
         collate_fn=collate,
         num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=leave_if_orphaned,
         persistent_workers=workers > 0,
         multiprocessing_context=Spawn() if workers else None,

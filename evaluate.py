@@ -46,7 +46,6 @@ same folder are refused. A table of other models is kept under its date. Under -
 
 import argparse
 import gc
-import json
 import os
 import re
 from pathlib import Path
@@ -276,18 +275,8 @@ def read_sets(sources: list[str] | None, given: dict[str, Path], tiny: bool) -> 
 
 def read_cost(path: str | None) -> dict | None:
     """cost.json of the folder of a model, if it has one; UserError where it is damaged."""
-    if path is None:
-        return None
-    place = Path(path)
-    file = (place.parent if place.is_file() else place) / "cost.json"
-    try:
-        cost = json.loads(file.read_text("utf-8"))
-        tables.cost_row(cost)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"'{file}' is damaged; delete it, or train again.") from error
-    return cost
+    place = Path(path or "")
+    return tables.read_cost(place.parent if place.is_file() else place) if path else None
 
 
 # --------------------------------------------------------------------------------------------------

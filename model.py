@@ -153,6 +153,16 @@ def load_any(
 def fuse_lora(pipeline: DiffusionPipeline, path: str):
     """Put W + alpha/r B A in the place of W. Fused, so that identity() sees the scale.
 
+    Raises UserError, see `load_lora`."""
+    load_lora(pipeline, path)
+    sentence = f"The LoRA '{path}' does not fit '{pipeline.config._name_or_path}'"
+    one_sentence(lambda: pipeline.fuse_lora(safe_fusing=True), sentence)
+    pipeline.unload_lora_weights()
+
+
+def load_lora(pipeline: DiffusionPipeline, path: str):
+    """Add a LoRA as the adapter "it".
+
     Raises UserError for a tensor that matches nothing, of which diffusers only warns."""
 
     def plain(key: str) -> str:  # one form for a key of peft, diffusers or kohya; .it. is our name
@@ -171,8 +181,6 @@ def fuse_lora(pipeline: DiffusionPipeline, path: str):
     if len(given) != len(found):
         odd = (found | given)[min(given.keys() ^ found.keys())]
         raise UserError(f"{sentence}: {odd} has no counterpart.")
-    one_sentence(lambda: pipeline.fuse_lora(safe_fusing=True), sentence)
-    pipeline.unload_lora_weights()
 
 
 def _modules(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:

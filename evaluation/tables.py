@@ -3,8 +3,11 @@
 79.3 [77.8, 80.6] (79.25), ties 0.3    rate, 95 % interval, published rate and ties, in %
 """
 
+from pathlib import Path
+
 from evaluation.published import HPS_CAVEAT, PERCENT, SOURCE, STEPS, TITLES
 from evaluation.winrate import sorted_pairs
+from system.files import UserError, is_number, read_json
 
 SET_TITLES = {"hpdv2": "HPDv2", "hpdv2-test": "HPDv2 test", "parti": "Parti-Prompts"}
 COST = {  # column: what to write of a cost.json
@@ -19,9 +22,19 @@ COST = {  # column: what to write of a cost.json
 }
 
 
-def cost_row(cost: dict) -> list[str]:
-    """The cells of a cost.json; KeyError, TypeError or ValueError where it is damaged."""
-    return [write(cost) for write in COST.values()]
+NUMBERS = ("steps", "pairs", "unet_calls", "flops", "seconds", "devices", "device_hours")
+
+
+def read_cost(folder: Path, fix: str = "delete it, or train again") -> dict | None:
+    """cost.json of a model's folder, None where there is none; UserError where it is damaged."""
+    file = folder / "cost.json"
+    if not file.exists():
+        return None
+    cost = read_json(file, fix)
+    numbers = all(is_number(cost.get(key)) for key in (*NUMBERS, "peak_memory"))
+    if not numbers or not all(isinstance(cost.get(key), str) for key in ("method", "device")):
+        raise UserError(f"{file} is damaged; {fix}.")
+    return cost
 
 
 def clock(seconds: float) -> str:
@@ -89,7 +102,10 @@ def table(results: dict) -> str:
     if results["costs"]:
         parts.append("## Training cost\n")
         parts.append("A UNet call is the forward of one image; a backward is two.\n")
-        lines = [[name, *cost_row(cost)] for name, cost in results["costs"].items()]
+        lines = [
+            [name, *(write(cost) for write in COST.values())]
+            for name, cost in results["costs"].items()
+        ]
         parts.append(markdown(["model", *COST], lines))
     return "\n".join(parts)
 

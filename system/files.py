@@ -80,7 +80,8 @@ def is_step(value) -> bool:
 
 
 def is_number(value) -> bool:
-    return type(value) in (int, float)
+    """Whether it is a finite number, which fits a float (JSON may also hold NaN and 10**400)."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def _read(path: Path) -> bytes:

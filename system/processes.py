@@ -73,6 +73,8 @@ def excerpt(text: str, other: str, width: int = 60) -> str:
 # -------------------------------------------------------------------------------------------------
 # Joining.
 
+FORMING = timedelta(minutes=5)  # to form a group: all ranks have come, but one may end meanwhile
+
 
 def join(timeout: float = 600.0):
     """Join the launcher's process group (deepspeed, torchrun, srun); plain `python` is a group of
@@ -104,7 +106,7 @@ def joined() -> Iterator[None]:
         yield
         return
     store = roll_call(timeout=600.0)
-    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    dist.init_process_group("gloo", timeout=FORMING)
     del store  # the group has taken it up
     try:
         yield
@@ -240,7 +242,9 @@ def patient_group():
     """All ranks over gloo, for what one rank may do for hours while the others wait: download the
     data, convert a checkpoint. If a rank ends, the others see the broken connection at once; a rank
     that hangs is noticed by any_rank and NCCL, which do not wait as long (collective)."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    group = dist.new_group(backend="gloo", timeout=FORMING)  # until then nothing tells of an end
+    dist.distributed_c10d._set_pg_timeout(timedelta(days=7), group)
+    return group
 
 
 def gather(value: Any) -> list:
@@ -311,8 +315,8 @@ def agree(facts: dict[str, Any]):
 def code_version(root: Path = ROOT) -> str:
     """12 hex digits of the .py files that a run imports and of the libraries' versions."""
     digest = hashlib.sha256()
-    folders = (root, root / "training", root / "evaluation", root / "system")
-    for file in sorted(file for folder in folders for file in folder.glob("*.py")):
+    folders = ("", "training", "evaluation", "sources", "system")
+    for file in sorted(file for folder in folders for file in (root / folder).glob("*.py")):
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
     for package in ("torch", "deepspeed", "diffusers"):
         digest.update(version(package).encode() + b"\0")

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from system.files import UserError
 # for libraries that are imported later, and a user's own settings come first.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -92,8 +94,8 @@ def leave(code: int, said: str, every_rank: bool = False):
 
 @contextlib.contextmanager
 def reported(program: str, every_rank: bool = False) -> Iterator[None]:
-    """End the program in one sentence: exit code 2 for a UserError, 1 where another rank is gone,
-    130 for Ctrl-C.
+    """End the program in one sentence: exit code 2 for a UserError, 1 where another rank or a
+    loader process is gone, 130 for Ctrl-C.
 
     What all ranks know is printed once a node. every_rank: a rank may fail alone, so each prints
     its own, with its number."""
@@ -105,9 +107,16 @@ def reported(program: str, every_rank: bool = False) -> Iterator[None]:
         who = rank if every_rank else ""
         leave(2, f"{program}: error: {who}{error}", every_rank)
     except RuntimeError as error:
-        if not lost_peer(error):
+        if lost_peer(error):
+            said = "another rank is gone; unless it says what to mend, the same command resumes."
+        elif why := lost_worker(error):
+            said = (
+                f"a loader process {why}, perhaps for want of memory: free some, or give fewer "
+                "--workers; the same command resumes."
+            )
+        else:
             raise
-        leave(1, f"{program}: error: {rank}another rank is gone; the same command resumes.", True)
+        leave(1, f"{program}: error: {rank}{said}", True)
     except KeyboardInterrupt:
         leave(130, f"\n{program}: interrupted; the same command resumes.")
 
@@ -116,7 +125,7 @@ LOST = (
     "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe",
     "Timed out waiting", "timeout caused pair closure",  # gloo
     "remote process exit", "communicator was aborted", "collective operation timeout",  # NCCL
-    "Connection was likely closed", "wait timeout after",  # the store
+    "Connection was likely closed", "wait timeout after", "waiting for clients",  # the store
 )  # fmt: skip
 
 
@@ -125,3 +134,10 @@ def lost_peer(error: BaseException) -> bool:
 
     gloo raises plain RuntimeErrors, and NCCL's class has other causes as well: the text decides."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
+
+
+def lost_worker(error: BaseException) -> str:
+    """What torch says of a loader process that died, as "is killed by signal: Killed", or ""."""
+    found = re.search(r"DataLoader worker \(pid.*?\) ((?:is|exited) [\w :]+)", str(error))
+    first = lost_worker(error.__cause__) if error.__cause__ else ""  # it says more
+    return first or (found[1].strip() if found else "")

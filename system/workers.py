@@ -1,18 +1,27 @@
 """A loader's worker processes: they import little, ignore signals, and end with their trainer.
 
-They are spawned. Forked ones would copy locks that threads of gloo or NCCL hold (torch calls both
-not fork safe); those of a forkserver would not notice that their trainer was killed.
+A worker that dies is a RuntimeError in the trainer within seconds, never a wait: torch looks for it
+every 5 s, and what a worker cannot send, it dies of. They are spawned. Forked ones would copy locks
+that threads of gloo or NCCL hold (torch calls both not fork safe); those of a forkserver would not
+notice that their trainer was killed.
 """
 
 import atexit
 import multiprocessing.context
+import multiprocessing.queues
 import os
+import shutil
 import signal
 import sys
 import types
 import weakref
 
 import torch
+
+from system.files import UserError
+
+SHM = "/dev/shm"  # where batches go from worker to trainer
+PREFETCH = 2  # batches that each worker is ahead: torch's own default
 
 
 class Worker(multiprocessing.context.SpawnProcess):
@@ -42,8 +51,61 @@ def leave_if_orphaned(worker: int):
         sys.exit(1)
 
 
+class Queue(multiprocessing.queues.Queue):
+    """A queue whose sender dies of what cannot be sent, as without shared memory or descriptors.
+
+    Python's own prints the error and drops the batch, for which the trainer would wait for ever."""
+
+    @staticmethod
+    def _on_queue_feeder_error(error: Exception, item):
+        print(f"A loader worker cannot send a batch: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
 class Spawn(multiprocessing.context.SpawnContext):
     Process = Worker
+
+    def Queue(self, maxsize: int = 0) -> Queue:  # noqa: N802, the name that torch calls
+        return Queue(maxsize, ctx=self.get_context())
+
+
+# --------------------------------------------------------------------------------------------------
+# Shared memory.
+
+
+def in_shared_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, moved there. UserError where there is no room."""
+    try:
+        return tensor.share_memory_()
+    except (RuntimeError, OSError) as error:
+        raise UserError(no_room(tensor.nbytes, free_shared_memory())) from error
+
+
+def check_shared_memory(workers: int, batch: int, loaders: int = 1):
+    """UserError where /dev/shm is too small for the batches of `loaders` on this machine, which are
+    of so many bytes: those that the workers are ahead, and the one in use."""
+    need = loaders * (PREFETCH * workers + 1) * batch if workers else 0
+    if need > (free := free_shared_memory()):
+        raise UserError(no_room(need, free))
+
+
+def free_shared_memory() -> int:
+    try:
+        return shutil.disk_usage(SHM).free
+    except OSError:
+        return 0
+
+
+def no_room(need: int, free: int) -> str:
+    return (
+        f"--workers need {need / 1e6:,.0f} MB of shared memory for their batches, and {SHM} has "
+        f"{free / 1e6:,.0f} MB free: enlarge it (docker run --shm-size), or give fewer of them, "
+        "down to --workers 0."
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# The loader.
 
 
 class Loader(torch.utils.data.DataLoader):

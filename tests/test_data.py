@@ -3,6 +3,7 @@
 Solid pictures, so that any pixel tells row and role."""
 
 import io
+import itertools
 import multiprocessing.reduction
 import os
 import shutil
@@ -13,6 +14,7 @@ import sys
 import time
 import warnings
 import zlib
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -25,6 +27,7 @@ from PIL import Image, ImageFile, TiffImagePlugin
 
 import data
 from data import Pairs, collate, loader, pair_numbers, preprocess, read_pairs
+from sources.pictures import FORMATS
 from system.files import UserError
 
 ROWS, SIZE = 12, 16
@@ -247,7 +250,32 @@ CASES = {
     "other kinds": (lambda folder: csv(folder).parent.parent, "no saved dataset, but .csv files."),
     "label": (spoiled("label_0", 7, 2.0), "Row 7", "b.parquet", "label_0 2.0"),
     "no number": (spoiled("label_0", 5, None), "Row 5", "b.parquet", "label_0 nan"),
-    "text label": (columns() | {"label_0": ["1"] * ROWS}, "Row 0", "b.parquet", "label_0 1:"),
+    "text label": (
+        columns() | {"label_0": ["1.0"] * ROWS},
+        "'label_0'",
+        "string, it must hold num",
+    ),
+    "listed captions": (columns() | {"caption": [["a"]] * ROWS}, "'caption'", "must hold string"),
+    "listed images": (columns() | {"jpg_0": [[b"a"]] * ROWS}, "'jpg_0'", "must hold binary"),
+    "image by path": (columns() | {"jpg_0": [{"path": "a"}] * ROWS}, "'jpg_0'", "must hold binary"),
+    "a file is lacking": (
+        lambda folder: parquet(folder / "train-00000-of-00006.parquet", columns()) and None,
+        "holds 1 of the 6 files of split 'train': train-00001-of-00006, train-00002-of-00006, ",
+        "train-00003-of-00006 and 2 more missing",
+        "--partial-data",
+    ),
+    "two copies": (
+        lambda folder: (
+            [
+                parquet(folder / f"train-00000-of-00001{hash}.parquet", columns())
+                for hash in ("-a", "")
+            ]
+            and None
+        ),
+        "files of two copies of split 'train'",
+        "train-00000-of-00001-a.parquet",
+    ),
+    "colons": (lambda folder: parquet(folder / "a::b.parquet", columns()), "rename what has '::'"),
     "saved label": (lambda folder: saved(dataset_of(LABEL_03), folder), "Row 7", "0.3"),
     "ties only": (columns(labels=(0.5,)), "no pair left", "24 of 24 rows are ties"),
     "no rows": (pa.table(columns()).slice(0, 0), "no pair left", "no rows"),
@@ -267,6 +295,8 @@ def test_a_source_that_cannot_be_used_is_one_clear_sentence(case, tmp_path, monk
     if case not in ("empty folder", "other kinds"):
         good = {"ties only": columns(labels=(0.5,)), "no rows": wrong}.get(case, columns())
         parquet(folder / "a.parquet", good)
+    if case in ("a file is lacking", "two copies"):
+        (folder / "a.parquet").unlink()
     if callable(wrong):
         source = wrong(folder) or folder
     else:
@@ -276,7 +306,7 @@ def test_a_source_that_cannot_be_used_is_one_clear_sentence(case, tmp_path, monk
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert message.endswith(".") and "\n" not in message
-    assert len(message.replace(str(folder), "")) < 200
+    assert len(message.replace(str(folder), "")) < 220
 
 
 def copies():
@@ -326,13 +356,134 @@ def test_what_is_copied_already_counts_as_room(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
     with pytest.raises(UserError, match="0 GB free"):
         read_pairs(source)
-    builder = datasets.load_dataset_builder(
-        "parquet", data_files=[source], columns=list(data.COLUMNS)
-    )
+    builder = data.parquet.builder_of(data.parquet.check(Path(source), "train"))
     part = Path(f"{builder.cache_dir}.incomplete")
     part.mkdir(parents=True)
     (part / "pairs-train-00000-of-00001.arrow").write_bytes(bytes(10**5))
     assert len(read_pairs(source)) == ROWS - 2
+
+
+def image_cell(value):
+    return {"bytes": value, "path": None}
+
+
+def decimals(values):
+    return pa.array([None if v is None else Decimal(str(v)) for v in values], pa.decimal128(3, 1))
+
+
+def as_type(kind):
+    return lambda values: pa.array(values, kind)
+
+
+# Columns of the second file of a folder, of other Arrow types than those of the first.
+OTHERS_KINDS = {
+    "images": {"jpg_0": lambda values: pa.array([*map(image_cell, values)])},
+    "large": {"jpg_1": as_type(pa.large_binary()), "caption": as_type(pa.large_string())},
+    "views": {"jpg_1": as_type(pa.binary_view()), "caption": as_type(pa.string_view())},
+    "dictionaries": {"caption": lambda values: pa.array(values).dictionary_encode()},
+    "float32": {"label_0": as_type(pa.float32())},
+    "decimals": {"label_0": decimals},
+    "integers": {"label_0": lambda values: pa.array([int(v > 0.5) for v in values])},
+    "booleans": {"label_0": lambda values: pa.array([v > 0.5 for v in values])},
+}
+
+
+@pytest.mark.parametrize("other_first", [True, False])
+@pytest.mark.parametrize("kind", OTHERS_KINDS)
+def test_what_the_dry_run_accepts_the_run_accepts_files_of_different_kinds(
+    kind, other_first, tmp_path
+):
+    other = columns(first=ROWS, labels=(1.0, 0.0))
+    other |= {name: convert(other[name]) for name, convert in OTHERS_KINDS[kind].items()}
+    for name, table in zip("ba" if other_first else "ab", (columns(), other), strict=True):
+        parquet(tmp_path / f"{name}.parquet", table)
+    labels = read_pairs(str(tmp_path), labels_only=True)
+    assert data.sample(labels, SIZE) == (22, [])
+    rows = read_pairs(str(tmp_path))
+    assert rows["label_0"][:] == labels["label_0"][:] and len(rows) == 22
+    pairs = Pairs(rows, SIZE, seed=0, caption_dropout=0)
+    for n in range(22):
+        level = int(pairs[n]["caption"].split()[1])
+        assert levels(pairs[n]["winner"][None]).tolist() == [[level, 255, 0]]
+        assert levels(pairs[n]["loser"][None]).tolist() == [[level, 0, 255]]
+
+
+def test_a_file_of_a_split_that_lacks_others_is_taken_with_partial(tmp_path):
+    parquet(tmp_path / "train-00001-of-00002-abc.parquet", columns())
+    with pytest.raises(UserError, match="train-00000-of-00002 missing"):
+        read_pairs(str(tmp_path))
+    assert len(read_pairs(str(tmp_path), partial=True)) == ROWS - 2
+    parquet(tmp_path / "train-00000-of-00002-def.parquet", columns())
+    assert len(read_pairs(str(tmp_path))) == 2 * (ROWS - 2)
+
+
+def test_hidden_files_and_folders_named_like_files_are_no_data(tmp_path):
+    parquet(tmp_path / "x.parquet" / "part-0.parquet", columns())  # as Spark writes
+    (tmp_path / "x.parquet" / "._part-0.parquet").write_bytes(b"\0\5\26\7")  # as a Mac leaves
+    garbage_there = tmp_path / ".cache" / "y.parquet"
+    garbage_there.parent.mkdir()
+    garbage_there.write_text("no parquet")
+    assert len(read_pairs(str(tmp_path))) == len(read_pairs(str(tmp_path / "x.parquet"))) == 10
+    with pytest.raises(UserError, match="pipe.parquet is a .parquet file"):
+        os.mkfifo(tmp_path / "pipe.parquet")
+        read_pairs(str(tmp_path / "pipe.parquet"))
+
+
+@pytest.mark.parametrize("name", ["a [1]", "b*", "c?", "d#e%20", "**", "{x}"])
+@pytest.mark.parametrize("kind", ["file", "folder", "arrow"])
+def test_any_path_can_be_read(kind, name, tmp_path, monkeypatch):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    source = source_of(kind, tmp_path / name)
+    for path in (source, Path(source).relative_to(tmp_path / name)):
+        assert len(read_pairs(str(path))) == ROWS - 2
+
+
+def replaced(source, **changes):
+    """The file is replaced by one of the same time."""
+    times = os.stat(source).st_atime_ns, os.stat(source).st_mtime_ns
+    parquet(Path(source), columns() | changes)
+    os.utime(source, ns=times)
+
+
+def test_rows_of_a_replaced_file_of_the_same_time_are_not_those_of_the_old_one(tmp_path):
+    source = source_of("file", tmp_path)
+    before, labels = read_pairs(source), [1.0 - v for v in columns()["label_0"]]
+    for change in (
+        {"label_0": labels},
+        {"caption": [f"ROW {i}" for i in range(ROWS)]},
+        {"jpg_0": columns()["jpg_1"]},
+    ):
+        replaced(source, **change)
+        after = read_pairs(source)
+        assert data.fingerprint(after) != data.fingerprint(before)
+        assert all(after[name][:] != before[name][:] for name in change)
+
+
+@pytest.mark.parametrize("left", [0, 0.3, 0.9, "its end", "no file", "another's"])
+def test_a_damaged_cache_is_named_with_the_folder_to_delete(left, tmp_path):
+    source = source_of("file", tmp_path)
+    size = len(read_pairs(source))
+    (copy,) = copies()
+    whole = copy.read_bytes()
+    if left == "no file":
+        copy.unlink()
+    elif left == "another's":
+        read_pairs(source_of("file", tmp_path / "other", columns(ROWS, labels=(0.0,))))
+        (other,) = set(copies()) - {copy}
+        shutil.copy(other, copy)
+    else:
+        copy.write_bytes(whole[: -8 if left == "its end" else int(left * len(whole))])
+    if left == "its end":  # the mark of the end alone, which nobody needs
+        assert len(read_pairs(source)) == size
+        return
+    with pytest.raises(UserError) as caught:
+        read_pairs(source)
+    message = str(caught.value)
+    assert message.startswith(f"The copy of {source} in the Arrow cache is damaged (")
+    assert f"delete the folder {copy.parent} and repeat" in message and "\n" not in message
+    shutil.rmtree(copy.parent)
+    assert len(read_pairs(source)) == size
 
 
 def test_nothing_is_cached_before_the_last_file_is_checked(tmp_path):
@@ -784,12 +935,15 @@ def test_a_broken_image_drops_its_pair_and_all_others_still_match(kind, tmp_path
     items = [pairs[n] for n in range(ROWS)]
     assert {item["row"] for item in items} == set(range(ROWS)) - {2, 5, 7, 8, 9}
     for n, item in enumerate(items):
-        assert item["n"] == n and item["row"] == pairs.row(n + item["skipped"])
+        tried = [*itertools.islice(pairs.tries(n), len(item["broken"]) + 1)]
+        assert tried == [*(b["row"] for b in item["broken"]), item["row"]]
+        assert item["n"] == n and tried[0] == pairs.row(n)
         assert item["caption"] == f"row {item['row']}"
         assert levels(item["winner"][None]).tolist() == [[item["row"], 255, 0]]
         assert levels(item["loser"][None]).tolist() == [[item["row"], 0, 255]]
     batch = collate(items)
-    assert batch["skipped"] == sum(item["skipped"] for item in items) >= 5
+    assert batch["broken"] == sum((item["broken"] for item in items), [])
+    assert len({broken["n"] for broken in batch["broken"]}) == 5  # pairs whose own row is broken
     assert len(batch["captions"]) == ROWS and len(batch["pixels"]) == 2 * ROWS
 
 
@@ -802,5 +956,86 @@ def test_broken_images_without_end_are_an_error_of_one_sentence_even_in_a_worker
             list(loader(pairs, 0, 1, 0, 1, 1, 1, workers))
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
-    assert messages[0].startswith("100 pairs in a row")
-    assert f"the last in row {pairs.row(99)} " in messages[0]
+    assert messages[0].startswith("100 pairs, drawn one after the other, are broken")
+    last = list(itertools.islice(pairs.tries(0), 100))[-1]
+    assert (
+        f"the last one row {last} (from 0, ties not counted): jpg_1: is no picture" in messages[0]
+    )
+
+
+def test_what_takes_the_place_of_broken_pairs_is_drawn_evenly_from_the_others():
+    """A quarter is broken. In 400 epochs each other row is seen 400 times and 133 in its place."""
+    table = columns(16)
+    tiny = solid(0, 0, 0, size=(1, 1))
+    table |= {"jpg_0": [tiny] * 4 + [b""] * 4 + [tiny] * 8, "jpg_1": [tiny] * 16}
+    pairs = Pairs(list(dataset_of(table)), 1, seed=0)
+    seen = np.bincount([pairs[n]["row"] for n in range(16 * 400)], minlength=16)
+    assert seen[4:8].sum() == 0 and seen.sum() == 6400
+    others = np.delete(seen, slice(4, 8))
+    assert abs(others - 1600 / 3).max() < 5 * 12  # five standard deviations of 133 draws
+
+
+def test_broken_pairs_are_named_by_file_row_and_reason(tmp_path):
+    table = columns()  # ties: rows 2 and 8
+    table["jpg_0"][3], table["jpg_1"][9] = b"no image", tiff(FLOATS * 255)
+    half = {name: values[:6] for name, values in table.items()}
+    parquet(tmp_path / "a.parquet", half)
+    parquet(tmp_path / "b.parquet", {name: values[6:] for name, values in table.items()})
+    pairs = Pairs(read_pairs(str(tmp_path)), SIZE, seed=0)
+    (batch,) = loader(pairs, 0, 1, 0, 1, len(pairs), 1, workers=1)
+    found = {(b["row"], Path(b["file"]).name, b["file_row"], b["reason"]) for b in batch["broken"]}
+    assert found == {
+        (2, "a.parquet", 3, f"jpg_0: is no picture that can be read ({', '.join(FORMATS)})"),
+        (7, "b.parquet", 3, "jpg_1: a TIFF of floats has values outside 0..1"),
+    }
+    saved = read_pairs(source_of("arrow", tmp_path / "saved"))
+    assert saved.origin(9) == (str(tmp_path / "saved" / "saved"), 11)
+
+
+def invalid_captions(folder):
+    """Pairs of which row 3 has a caption that is no UTF-8, as parquet holds without a check."""
+    table = pa.table(columns())
+    bad = [f"row {i}".encode() if i != 3 else b"caf\xe9" for i in range(ROWS)]
+    return parquet(
+        folder / "p.parquet", table.set_column(3, "caption", pa.array(bad).view("string"))
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cell_that_cannot_be_read_drops_its_pair(workers, tmp_path):
+    rows = read_pairs(invalid_captions(tmp_path))
+    assert len(data.fingerprint(rows)) == 16
+    pairs = Pairs(rows, SIZE, seed=0)
+    (batch,) = loader(pairs, 0, 1, 0, 1, len(pairs), 1, workers)
+    assert 2 not in batch["row"].tolist()
+    assert {b["reason"] for b in batch["broken"]} == {"the caption is no UTF-8"}
+
+
+# --------------------------------------------------------------------------------------------------
+# A sample, for the dry run.
+
+
+@pytest.mark.parametrize("labels_only", [False, True])
+@pytest.mark.parametrize("kind", ["file", "folder", "image file", "arrow"])
+def test_a_sample_decodes_pairs_and_tells_what_is_wrong(kind, labels_only, tmp_path):
+    table = columns()
+    table["jpg_1"][4] = b"no image"
+    source = source_of(kind, tmp_path, table)
+    count, broken = data.sample(read_pairs(source, labels_only=labels_only), SIZE)
+    assert count == ROWS - 2 and len(broken) == 1
+    assert broken[0].startswith("row 4 (from 0) of ") and ": jpg_1: is no picture" in broken[0]
+    assert copies() == [] or not labels_only
+
+
+def test_a_sample_is_spread_over_files_and_row_groups_and_leaves_out_ties(tmp_path):
+    for k in range(20):
+        parquet(tmp_path / f"{k:02}.parquet", columns(60, first=k), rows=20)
+    rows = read_pairs(str(tmp_path), labels_only=True)
+    drawn = list(data.parquet.sample(rows.origin.labels, 64, seed=0))
+    assert len(drawn) == len({(file, row) for file, row, _ in drawn}) == 64
+    assert len({(file, row // 20) for file, row, _ in drawn}) == 8
+    for file, row, table in drawn:
+        (pair,) = table.to_pylist()
+        assert pair["caption"] == f"row {int(Path(file).stem) + row}" and pair["label_0"] != 0.5
+    again = data.parquet.sample(rows.origin.labels, 64, seed=0)
+    assert [(file, row) for file, row, _ in again] == [(file, row) for file, row, _ in drawn]

@@ -604,7 +604,7 @@ MISTAKES = {
     "argument --guidance: 'nan' is not a finite number": ["--guidance", "nan"],
     "differ in their usual guidance (large 5, old 7.5)": ["--models", "large", "old"],
     "differ in their usual steps (dull 25, old 50)": ["--models", "dull", "old"],
-    "spent/cost.json' is damaged": ["--models", "dull", "spent"],
+    "spent/cost.json is damaged; delete it": ["--models", "dull", "spent"],
     "unrecognized arguments: --seed-s": ["--seed-s", "1"],
 }  # fmt: skip
 
@@ -729,6 +729,43 @@ def test_two_ranks_give_the_files_of_one_and_say_a_mistake_once(real, tmp_path):
     assert files(tmp_path) == files(whole)
     assert out.rstrip().endswith((whole / "table.md").read_text().rstrip()) and quiet == ""
     assert error.count("evaluate.py: error: ") == 1 and hushed == "refused\n"
+
+
+ENDS = """
+import os, signal, sys
+from datetime import timedelta
+import evaluate
+from system import processes
+
+evaluate.gallery.JUDGED = 2  # images at a time, so that each rank has some
+modules = {"roll_call": processes, "init_process_group": processes.dist}
+modules |= {"sample": evaluate.model, "open_image": evaluate.gallery}
+name = sys.argv.pop(1)
+if modules[name] in (processes, processes.dist):
+    processes.FORMING = timedelta(seconds=2)  # in place of minutes
+before = getattr(modules[name], name)
+
+def then_end(*given, **options):
+    result = before(*given, **options)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+setattr(modules[name], name, then_end)
+evaluate.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("when", ["roll_call", "init_process_group", "sample", "open_image"])
+def test_a_killed_rank_ends_the_others_with_one_sentence(when, real, tmp_path):
+    """While they join, draw and judge; and the same command goes on."""
+    argv, whole = real
+    argv = [*argv, "--limit", "2", "--scorers", "preference", "--out", str(tmp_path / "out")]
+    left, killed = start([when, *argv], 2, ENDS)
+    said, _ = left.communicate(timeout=60)[1], killed.communicate()
+    assert (left.returncode, killed.returncode) == (1, -signal.SIGKILL), said
+    gone = "evaluate.py: error: rank 0: another rank is gone; the same command resumes."
+    assert said.splitlines()[-1] == gone and "Traceback" not in said and "[W" not in said
 
 
 def test_ranks_share_the_batches_of_drawing_and_of_scoring(stub, monkeypatch):

@@ -6,7 +6,7 @@ from graphlib import TopologicalSorter
 
 from system.files import ROOT
 
-LAYERS = ["invert loss", "system", "data model toy", "evaluation", "training"]
+LAYERS = ["invert loss", "system", "sources", "data model toy", "evaluation", "training"]
 LAYERS += ["train_inpo evaluate", "lab"]  # a layer may import itself and those before it
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 FILES = [*ROOT.glob("*.py"), *(file for name in LEVEL for file in ROOT.glob(f"{name}/*.py"))]

@@ -422,7 +422,7 @@ def test_what_is_no_lora_is_refused(checkpoint, tmp_path):
     (tmp_path / "no.safetensors").write_bytes(b"no")
     for path, words in {
         str(tmp_path): hub.LORA,
-        str(tmp_path / "no.safetensors"): "does not fit the UNet",
+        str(tmp_path / "no.safetensors"): "cannot be read",
         str(tmp_path / "nowhere"): "Unknown LoRA",
     }.items():
         sentence = refusal(lora.adopt, pipeline, path)

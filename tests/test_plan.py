@@ -5,14 +5,17 @@ import itertools
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import distance
+from conftest import distance, refusal
 
 import model
 import train_inpo
@@ -307,3 +310,84 @@ def test_the_lines_of_the_card_load_what_was_trained(subfolder, merged, argv, ch
     names["pipeline"].fuse_lora()
     names["pipeline"].unload_lora_weights()
     assert distance(names["pipeline"].unet.state_dict(), expected.unet.state_dict()) < 1e-5
+
+
+# -------------------------------------------------------------------------------------------------
+# What the dry run accepts, the run accepts.
+
+
+def refused(argv, dry: bool, **flags) -> str:
+    """The sentence of the plan's check, which a dry run and a run share."""
+    return refusal(plan.check, parse("", [*argv(**flags), *["--dry-run"] * dry]))
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_data_of_which_a_sample_is_broken_are_refused_or_warned_about(dry, argv, pairs, tmp_path):
+    table, source = pq.read_table(pairs), tmp_path / "spoiled.parquet"
+    pictures = table["jpg_0"].to_pylist()
+
+    def spoil(*rows):
+        bad = [b"none" if i in rows else picture for i, picture in enumerate(pictures)]
+        pq.write_table(table.set_column(0, "jpg_0", pa.array(bad)), source)
+
+    spoil(4, 9)
+    sentence = refused(argv, dry, data=source)
+    assert sentence.startswith(f"--data {source}: 2 of 24 pairs are broken, more than --max-broken")
+    assert f" of {source}: jpg_0: is no picture" in sentence
+    spoil(9)
+    args = parse("", [*argv(data=source), *["--dry-run"] * dry])
+    (warning,) = plan.warnings(args, plan.check(args))
+    assert warning.startswith(f"1 of 24 pairs are broken (row 9 (from 0) of {source}: jpg_0: is no")
+
+
+def test_a_sample_refuses_only_what_chance_does_not_explain(argv):
+    args = parse("", argv())
+    plan.check_sample(args, 10**6, 64, ["row"] * 10)
+    assert "11 of 64 pairs are broken" in refusal(plan.check_sample, args, 10**6, 64, ["x"] * 11)
+    assert "4 of 64 pairs are broken" in refusal(plan.check_sample, args, 64, 64, ["x"] * 4)
+    args.max_broken = 1
+    plan.check_sample(args, 64, 64, ["row"] * 64)
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+@pytest.mark.parametrize("start", ["continue", "merge"])
+def test_a_lora_that_does_not_fit_is_refused_before_weights_are_loaded(
+    start, kind, dry, argv, checkpoint, tmp_path, monkeypatch
+):
+    rank = 2 if start == "merge" else 0
+    flags = {"model": checkpoint(kind), "lora_start": start, "lora_rank": rank}
+    other = model.load_unet(str(checkpoint("sd15" if kind == "sdxl" else "sdxl")))
+    for name, unet in {"fits": model.load_unet(str(checkpoint(kind))), "another": other}.items():
+        lora.attach(unet, 2, 2.0)
+        lora.save(lora.trainable(unet), unet.peft_config[lora.NAME], tmp_path / name)
+    (tmp_path / "no.safetensors").write_bytes(b"no")
+    monkeypatch.setattr(model, "load_pipeline", None)
+    monkeypatch.setattr(model, "load_unet", None)
+    plan.check(parse("", [*argv(lora=tmp_path / "fits", **flags), *["--dry-run"] * dry]))
+    for name, words in {"another": "does not fit", "no.safetensors": "cannot be read"}.items():
+        sentence = refused(argv, dry, lora=tmp_path / name, **flags)
+        assert sentence.startswith(f"The LoRA '{tmp_path / name}' {words}")
+
+
+@pytest.mark.parametrize("name, module", [("wandb", "wandb"), ("comet", "comet_ml")])
+def test_a_monitor_whose_library_is_lacking_is_refused(name, module, argv, ds_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    plan.check(parse("", argv(ds_config=ds_config(**{name: {"enabled": False}}))))
+    config = ds_config(**{name: {"enabled": True}})
+    sentence = refused(argv, True, ds_config=config)
+    assert sentence.startswith(f"--ds-config {config}: {name} is enabled, and cannot be imported: ")
+    assert module in sentence
+    assert "must be an object" in refused(argv, True, ds_config=ds_config(**{name: True}))
+
+
+def test_shared_memory_is_that_of_all_ranks_of_the_machine(argv, monkeypatch):
+    """A batch of 2 pairs of 16 px takes 12,288 bytes; a loader of 2 workers has 5."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_200_000))
+    plan.check(parse("", argv(workers=2)))
+    plan.check(parse("", argv(workers=0, resolution=1024)))
+    assert "need 252 MB of shared memory" in refused(argv, True, workers=2, resolution=1024)
+    for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # torchrun's, DeepSpeed's
+        monkeypatch.setenv(variable, "20")
+        assert "and /dev/shm has 1 MB free" in refused(argv, True, workers=2)
+        monkeypatch.delenv(variable)

@@ -36,6 +36,12 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
              "saved by datasets; 'toy' draws the tiny model's; Pick-a-Pic v2 left the hub in 2025: "
              "give a folder with a copy of its parquet files")
     add("--split", default="train", help="split of a hub id or DatasetDict")
+    add("--partial-data", action="store_true",
+        help="train on a folder that lacks some of the files that its names count (train-00000-of-"
+             "00645)")
+    add("--max-broken", type=float, default=0.05, metavar="P",
+        help="share of the pairs, 0 to 1, that may be broken: others take their place, and "
+             "broken.jsonl lists them")
     add("--resolution", type=int, metavar="PIXELS",
         help="side of the square; if not given the model's own (SDXL 1024, SD1.5 512, tiny 64)")
     add("--crop", choices=("center", "random"), default="center",
@@ -121,6 +127,7 @@ RANGES = {
     "beta": (1e-9, 1e9), "eta": (0, 1), "caption_dropout": (0, 1), "lr": (1e-12, 1),
     "steps": (1, 10**9), "batch": (1, 10**9), "micro_batch": (1, 10**9), "warmup": (0, 10**9),
     "inversion_steps": (1, 1000), "workers": (0, 1024), "seed": (0, 2**32),
+    "resolution": (1, 8192), "max_broken": (0, 1),
     "sample_every": (0, 10**9), "checkpoint_every": (0, 10**9), "export_every": (0, 10**9),
     "liked_share": (0, 1), "strata": (1, 1000), "lora_rank": (0, 4096), "lora_alpha": (0, 1e6),
     "keep": (1, 10**9), "keep_every": (0, 10**9), "guidance": (1, 1e6),

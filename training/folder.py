@@ -9,6 +9,7 @@ scores.jsonl, best/     how --judge likes these pictures, and the model that it 
 checkpoints/            of all ranks; see checkpoint.py
 .lock                   held by the job that writes here
 unets/                  models exported during training, fp32
+broken.jsonl            rows that were left out, see broken.py
 nonfinite/              what to look at where steps failed; see guard.py
 curves.png, README.md   training curves, model card
 cost.json               UNet calls, FLOPs, time, memory
@@ -41,6 +42,7 @@ from system.lock import LOCK, not_written
 # Settings a resumed run may change: flags, and keys of ds_config.json and of its optimizer.
 MAY_CHANGE = {"steps", "workers", "micro_batch", "judge", "keep", "keep_every"}
 MAY_CHANGE |= {"sample_every", "checkpoint_every", "export_every", "code"}
+MAY_CHANGE |= {"max_broken", "partial_data"}  # the data themselves have a fingerprint
 ENGINE = {"zero_optimization", "communication_data_type", "zero_force_ds_cpu_optimizer"}
 ENGINE |= {"tensorboard", "csv_monitor", "wandb", "steps_per_print", "wall_clock_breakdown"}
 KERNELS = {"torch_adam", "fused", "foreach"}
@@ -232,9 +234,9 @@ def drop_metrics(out: Path, step: int):
     write(out / "metrics.jsonl", "".join(kept))
 
 
-def append_metrics(out: Path, lines: str):
-    """Add lines to metrics.jsonl: all of them, or none where the disk is full."""
-    file = out / "metrics.jsonl"
+def append_metrics(out: Path, lines: str, name: str = "metrics.jsonl"):
+    """Add lines to metrics.jsonl, or to another log: all of them, or none on a full disk."""
+    file = out / name
     size = file.stat().st_size if file.exists() else 0
     try:
         with open(file, "a") as end:

@@ -15,7 +15,12 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
@@ -75,9 +80,8 @@ def adopt(pipeline: DiffusionPipeline, path: str):
     Rank, alpha and targets are the file's, the dtype is the UNet's. Raises UserError where a
     tensor of the file would be lost, or one of the adapter is not in the file."""
     file, sentence = lora_file(path), f"The LoRA '{path}' does not fit the UNet"
-    with one_sentence(lambda: safe_open(file, "pt"), sentence) as tensors:
-        given = [key for key in tensors.keys() if not key.endswith(".alpha")]
-    if text := [key for key in given if key.startswith(("text_encoder", "lora_te"))]:
+    given = tensors_of(path)
+    if text := of_text_encoders(given):
         raise UserError(
             f"The LoRA '{path}' has {len(text)} tensors of text encoders, which are not trained "
             "here and would be lost; merge it: --lora-start merge."
@@ -89,6 +93,37 @@ def adopt(pipeline: DiffusionPipeline, path: str):
             f"{sentence}: it has {len(given)} tensors, the adapter that it describes has "
             f"{len(trainable(unet))}."
         )
+
+
+def tensors_of(path: str) -> list[str]:
+    """The names of a LoRA's tensors, without scales. Raises UserError where it cannot be opened."""
+    file = lora_file(path)
+    with one_sentence(
+        lambda: safe_open(file, "pt"), f"The LoRA '{path}' cannot be read"
+    ) as tensors:
+        return [key for key in tensors.keys() if not key.endswith(".alpha")]
+
+
+def of_text_encoders(names: list[str]) -> list[str]:
+    return [key for key in names if key.startswith(("text_encoder", "lora_te"))]
+
+
+def check(path: str, start: str, model_name: str, architecture: str, unet_config: dict):
+    """Raises UserError for a LoRA that training cannot start from: adds it to a UNet without
+    weights. Of one with text encoders, which is merged, only that it can be opened is known."""
+    if start == "merge" and of_text_encoders(tensors_of(path)):
+        return
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(unet_config)
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None, "unet": unet, "scheduler": None}
+    if architecture == "sdxl":
+        parts |= {"text_encoder_2": None, "tokenizer_2": None}
+        pipeline = StableDiffusionXLPipeline(**parts)
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None}
+        pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipeline.register_to_config(_name_or_path=model_name)
+    model.load_lora(pipeline, path) if start == "merge" else adopt(pipeline, path)
 
 
 def trainable(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

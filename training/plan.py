@@ -1,6 +1,7 @@
 """The plan of a run: what follows from the flags, and every check before weights are loaded."""
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -11,13 +12,15 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from scipy.stats import binom
 
 import data
 import model
 import toy
 from evaluation import scorers
 from system.files import ROOT, UserError
-from system.hub import architecture, read_config
+from system.hub import architecture, one_sentence, read_config
+from system.workers import check_shared_memory
 from training import budget, folder, lora, preview
 from training.flags import check_flags
 
@@ -117,6 +120,8 @@ class Plan:
     strata: int  # cells of the timesteps
     pairs: Any  # datasets.Dataset without ties
     fingerprint: str  # of the pairs
+    sampled: int  # pairs that were decoded
+    broken: list[str]  # what was wrong with some of them
 
 
 def asked(args: argparse.Namespace) -> dict:
@@ -135,6 +140,7 @@ def check(args: argparse.Namespace) -> Plan:
     if args.judge and args.sample_every:
         scorers.check(args.judge, sample_prompts, args.scorer_folder)
     ds_config = complete(read_ds_config(args.ds_config), args, accumulation)
+    check_monitors(args, ds_config)
     folder.check_folder(args.out, asked(args))
 
     unet = read_config(args.unet or args.model, "unet")
@@ -157,7 +163,13 @@ def check(args: argparse.Namespace) -> Plan:
     resolution = args.resolution or unet["sample_size"] * factor
     if resolution < factor or resolution % factor:
         raise UserError(f"--resolution {resolution}: must be a multiple of the VAE's {factor}.")
+    batch = args.micro_batch * 2 * 3 * 4 * resolution**2  # bytes: two images, three bands, fp32
+    check_shared_memory(args.workers, batch, loaders=ranks_here())
+    if args.lora:
+        lora.check(args.lora, args.lora_start, args.model, architecture(args.model), unet)
     pairs = read_pairs(args)
+    sampled, broken = data.sample(pairs, resolution)
+    check_sample(args, len(pairs), sampled, broken)
     return Plan(
         world=world,
         accumulation=accumulation,
@@ -176,7 +188,40 @@ def check(args: argparse.Namespace) -> Plan:
         strata=strata,
         pairs=pairs,
         fingerprint=data.fingerprint(pairs),
+        sampled=sampled,
+        broken=broken,
     )
+
+
+MONITORS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+
+
+def check_monitors(args: argparse.Namespace, ds_config: dict):
+    """Raises UserError for a monitor that is switched on, and whose library is not there."""
+    for name, module in MONITORS.items():
+        if (settings := ds_config.get(name, {})) and not isinstance(settings, dict):
+            raise UserError(
+                f'--ds-config {args.ds_config}: {name} must be an object, as {{"enabled": true}}.'
+            )
+        if settings.get("enabled"):
+            sentence = f"--ds-config {args.ds_config}: {name} is enabled, and cannot be imported"
+            one_sentence(lambda module=module: importlib.import_module(module), sentence)
+
+
+def ranks_here() -> int:
+    """How many ranks share this machine, as torchrun or DeepSpeed says; 1 where nothing does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def check_sample(args: argparse.Namespace, pairs: int, count: int, broken: list[str]):
+    """Raises UserError where more than --max-broken are broken: of all pairs, or surely, as less
+    than one in 1,000 samples of data that have just that share would show by chance."""
+    bad, limit = len(broken), args.max_broken
+    if bad > limit * count and (count == pairs or binom.sf(bad - 1, count, limit) < 0.001):
+        raise UserError(
+            f"--data {args.data}: {bad} of {count} pairs are broken, more than --max-broken "
+            f"{limit:g} lets pass ({broken[0]}); mend the data, or give a larger --max-broken."
+        )
 
 
 def accumulate(args: argparse.Namespace, world: int) -> int:
@@ -198,7 +243,7 @@ def accumulate(args: argparse.Namespace, world: int) -> int:
 def read_pairs(args: argparse.Namespace):
     if args.data == "toy":
         return data.read_pairs(str(toy.write_pairs_once("out/toy", n=2048)))
-    return data.read_pairs(args.data, args.split, labels_only=args.dry_run)
+    return data.read_pairs(args.data, args.split, args.dry_run, args.partial_data)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -247,6 +292,11 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
 
 def warnings(args: argparse.Namespace, plan: Plan) -> Iterator[str]:
     """What runs, but perhaps not as its user thinks."""
+    if plan.broken:
+        yield (
+            f"{len(plan.broken)} of {plan.sampled} pairs are broken ({plan.broken[0]}); a run "
+            f"leaves such pairs out, and stops above --max-broken {args.max_broken:g}."
+        )
     if args.method == "inpo" and plan.architecture == "sd15" and not args.unet:
         yield (
             "the published SD1.5 run starts from SFT on the winners; train one with --method sft, "

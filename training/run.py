@@ -40,6 +40,7 @@ from system.processes import (
     shares_folder,
 )
 from training import budget, card, folder, lora
+from training.broken import BrokenPairs
 from training.guard import NonFiniteSteps, Watch
 from training.plan import Plan
 from training.preview import Preview
@@ -60,7 +61,8 @@ class Run:
         self.args, self.out, self.record, self.stop = args, args.out, record, stop
         self.facts, self.code = facts, code_version()  # after resume, the code of step 1
         self.bar, self.clock, self.lr = None, time.monotonic(), 0.0
-        self.micro, self.broken_pairs, self.pending = [], 0, ""
+        self.micro, self.pending = [], ""
+        self.broken = BrokenPairs(args.out, args.max_broken, args.batch, facts["pairs"])
         self.watch, self.nonfinite = Watch(), NonFiniteSteps(args.out, dist.get_rank(), limit)
         self.preview = Preview(args)
         agree(record | {"prompts": self.preview.prompts})  # record has the model's identity, too
@@ -72,7 +74,7 @@ class Run:
     def note(self, batch: dict, t, losses, err, err_ref, diagnostics: dict):
         """Remember a micro-step; nothing here waits for the GPU."""
         self.micro.append({"loss": losses.detach().mean(), **diagnostics})
-        self.broken_pairs += batch["skipped"]
+        self.broken.note(batch["broken"])
         pairs = batch["n"], batch["row"], batch["captions"]
         self.nonfinite.note(*pairs, t, err, err_ref, losses)
 
@@ -82,10 +84,10 @@ class Run:
         names = list(self.micro[0])
         means = torch.stack([torch.stack([one[name] for name in names]) for one in self.micro])
         means = means.mean(0) / dist.get_world_size()
-        values = torch.cat([means, means.new_tensor([self.broken_pairs])])
+        values = torch.cat([means, means.new_tensor([self.broken.drawn()])])
         dist.all_reduce(values)
         values = values.tolist()  # the one point in a step where the CPU waits
-        self.micro, self.broken_pairs = [], 0
+        self.micro = []
         line = {"step": step + 1, **dict(zip(names, values, strict=False))}
         norm, now = engine.get_global_grad_norm(), time.monotonic()
         line |= {
@@ -99,6 +101,8 @@ class Run:
         self.clock, self.lr = now, engine.get_lr()[0]
         if is_main():
             self.write(engine, line)
+        if warning := self.broken.after_step(step + 1, line["broken_pairs"]):
+            print0(f"Warning: {warning}", file=sys.stderr)
         self.nonfinite.after_step(step + 1, engine)
 
     def write(self, engine, line: dict):
@@ -216,6 +220,7 @@ class Run:
             unet = lora.load_start(self.args, torch.float32).unet
             checkpoint.set_master_weights(engine, unet.state_dict())
         on_main(lambda: folder.drop_metrics(self.out, start))
+        self.broken.count = on_main(lambda: self.broken.resume(folder.read_metrics(self.out)))
         options = {"desc": self.out.name, "unit": "step", "total": self.args.steps}
         self.bar = tqdm(**options, initial=start, disable=not is_main())
         self.clock, self.lr = time.monotonic(), engine.get_lr()[0]
