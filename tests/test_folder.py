@@ -12,6 +12,7 @@ from test_files import DAMAGED
 
 import train_inpo
 from lab import measure
+from system.lock import alone
 from training import folder, preview
 from training.folder import check_folder, finished, read_record
 
@@ -168,7 +169,15 @@ def test_a_run_without_a_list_or_with_an_edited_card_has_finished_as_before(agai
 
 
 # -------------------------------------------------------------------------------------------------
-# Exports, and time.
+# Leftovers, exports and time.
+
+
+def test_who_holds_the_lock_deletes_what_a_killed_job_left_in_the_folder(tmp_path):
+    (tmp_path / "toy.png.0a1b2c3d.new").write_bytes(b"half")
+    (tmp_path / "best.0a1b2c3d.new" / "unet").mkdir(parents=True)
+    (tmp_path / "toy.png").write_bytes(b"whole")
+    with alone(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "toy.png"}
 
 
 def test_a_half_written_export_is_no_result_and_the_next_run_deletes_it(argv, again):

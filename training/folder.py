@@ -22,7 +22,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 
 from system import checkpoint, files
@@ -37,7 +36,7 @@ from system.files import (
     warn_once,
     write,
 )
-from system.lock import LOCK, not_written
+from system.lock import LOCK, delete_unfinished, not_written
 
 # Settings a resumed run may change: flags, and keys of ds_config.json and of its optimizer.
 MAY_CHANGE = {"steps", "workers", "micro_batch", "judge", "keep", "keep_every"}
@@ -140,19 +139,11 @@ def claim(out: Path, record: dict, facts: dict):
         write(out / "card.json", json.dumps(facts, indent=2) + "\n")
         for name in ("samples", "checkpoints"):  # after run.json, which says whose they are
             (out / name).mkdir(exist_ok=True)
-        delete_unfinished(out)
+        for name in ("samples", "unets"):
+            delete_unfinished(out / name)
         (out / "README.md").unlink(missing_ok=True)  # written last: it marks a finished run
     except OSError as error:
         raise not_written(out, error) from error
-
-
-def delete_unfinished(out: Path):
-    """Delete what a killed job has left unfinished beside its files, see `replacing`."""
-    for scratch in (*out.glob("*.new"), *out.glob("samples/*.new"), *out.glob("unets/*.new")):
-        if scratch.is_dir():
-            shutil.rmtree(scratch)
-        else:
-            scratch.unlink()
 
 
 # -------------------------------------------------------------------------------------------------
