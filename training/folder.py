@@ -93,7 +93,8 @@ def check_folder(out: Path, settings: dict):
         if out.exists() and not all(map(is_ours, out.iterdir())):
             raise UserError(f"--out {out}: holds files of something else; name an empty folder.")
         return
-    if differ := differences(read_record(out), settings):
+    there = read_record(out)
+    if differ := differences(there, settings):
         raise UserError(
             f"--out {out}: holds another run ({differ}); name another folder, or repeat that run's "
             "command to resume it."
