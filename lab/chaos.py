@@ -247,7 +247,8 @@ def storm(
     moments = sorted((names[k % len(names)] for k in range(kills)), key=names.index)
     for k, moment in enumerate(tqdm(moments, desc=folder.name, unit="kill")):
         pattern, kind = program.moments[moment], KINDS[k % len(KINDS)]
-        within = span if pattern else early
+        brief = pattern.endswith((".new", ".partial"))  # they are there for less than a second
+        within = (span / 4 if brief else span) if pattern else early
         event = disturb(program, disturbed, moment, kind, within, dice)
         if event is None:  # the kill before came when all was done but the end of the process
             break
