@@ -43,6 +43,7 @@ import model
 import toy
 from invert import add_noise, randn_like
 from system import hub
+from system.lock import alone
 
 
 def held_out(pipeline, count: int) -> tuple[torch.Tensor, dict, torch.Tensor, torch.Tensor]:
@@ -132,7 +133,7 @@ def measure(folder: Path, images: int, steps: list[int] | None = None):
 
 def main(argv: list[str] | None = None):
     args = parse(argv)
-    with reported("lab.measure"):
+    with reported("lab.measure"), alone(args.folder):
         measure(args.folder, args.images, args.exports)
 
 
