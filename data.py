@@ -282,13 +282,18 @@ class Pairs(torch.utils.data.Dataset):
         return int(self._order[place])
 
     def tries(self, n: int) -> Iterator[int]:
-        """The row of pair n, then those that take its place while they are broken: draws of all
-        rows. (The next rows in order would be seen twice an epoch, always those behind a broken
-        one.)"""
-        yield self.row(n)
-        rng = np.random.default_rng([self.seed, REPLACE, n])
-        while True:
-            yield int(rng.integers(len(self)))
+        """The row of pair n, then those that take its place while they are broken.
+
+        On its k-th try the rows of an epoch are mapped one to one to others, by i -> a i + b mod N
+        with a and b drawn from (seed, epoch, k): so none takes the place of two, and over epochs
+        all are seen alike. (The next rows in order would be those behind broken ones.)"""
+        size, row = len(self), self.row(n)
+        yield row
+        for k in itertools.count(1):
+            rng = np.random.default_rng([self.seed, REPLACE, n // size, k])
+            while math.gcd(a := int(rng.integers(1, size + 1)), size) > 1:
+                pass
+            yield (a * row + int(rng.integers(size))) % size
 
     def place(self, row: int) -> dict:
         """The file of a row and its number there, from 0, where they are known."""

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import metrics, refusal, small_disk, weights
+from launch import launch
 
 import train_inpo
 from training import plan
@@ -103,3 +104,17 @@ def test_a_full_disk_keeps_the_list_for_later(tmp_path):
     pairs.note([{"n": 1, "row": 4, "reason": "x"}, {"n": 1, "row": 3, "reason": "x"}])
     pairs.after_step(2, 1)
     assert [row["row"] for row in listed(tmp_path)] == [3, 4]
+
+
+def test_two_ranks_list_what_either_met_and_stop_together(argv, pairs, tmp_path):
+    """Of 96 pairs 6 are broken. Each rank has half of them, and says the same sentence."""
+    table = pq.read_table(spoiled(pairs, tmp_path, (2,)))
+    copies = pa.concat_tables([table] * 3 + [pq.read_table(spoiled(pairs, tmp_path, (2, 7, 19)))])
+    pq.write_table(copies, tmp_path / "four.parquet")
+    flags = {"data": tmp_path / "four.parquet", "batch": 24, "micro_batch": 12, "steps": 5}
+    for said in launch(argv(**flags), 2, code=2):
+        assert "6.2% of the pairs drawn so far are broken (6 of 96), more than --max-brok" in said
+        assert "another rank is gone" not in said
+    out = tmp_path / "run"
+    assert sum(line["broken_pairs"] for line in metrics(out)) == 6 and len(metrics(out)) == 4
+    assert sorted(row["row"] for row in listed(out)) == [2, 26, 50, 74, 79, 91]

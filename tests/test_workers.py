@@ -1,13 +1,14 @@
 """Laws of workers.py: a worker that fails ends the program with a sentence, and never a wait."""
 
+import contextlib
 import io
-import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
 import signal
 
 import pytest
+import torch
 from conftest import refusal, small_disk
 from PIL import Image
 
@@ -18,8 +19,24 @@ from system.program import reported
 SIDE = 512
 
 
+@contextlib.contextmanager
+def at_most(seconds: int):
+    """Raises TimeoutError, rather than wait for ever."""
+
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def in_worker() -> bool:
-    return multiprocessing.parent_process() is not None
+    return torch.utils.data.get_worker_info() is not None
 
 
 class Killed(str):
@@ -75,11 +92,10 @@ def test_a_worker_that_fails_ends_the_program_in_one_sentence(case, capfd):
     with (
         small_disk(10**5 if case == "no shared memory" else 10**9),
         pytest.raises(SystemExit) as stop,
+        at_most(100),
         reported("train_inpo.py", every_rank=True),
     ):
-        signal.alarm(200)  # ends the tests, rather than wait for ever
         list(batches_of(caption("x"), workers))
-    signal.alarm(0)
     said = capfd.readouterr().err
     assert stop.value.code == (2 if case == "no shared memory" else 1)
     assert words in said and "Traceback" not in said
