@@ -43,9 +43,9 @@ lint: $(READY_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Kill a run again and again, and compare it with an undisturbed one.
+# Kill every program again and again, and compare it with an undisturbed one.
 chaos: $(READY)
-	$(BIN)/python -m lab.chaos --kills 20 --report docs/reliability.md
+	$(BIN)/python -m lab.chaos --report docs/reliability.md
 
 # Feed the programs thousands of damaged and odd inputs, and count what they do.
 fuzz: $(READY_DEV)

@@ -37,7 +37,7 @@ from torch import Tensor
 from sources import parquet
 from sources.pictures import PIXELS, decode, what_is_broken
 from sources.schema import COLUMNS, PICTURES, check_columns, check_labels
-from system.files import UserError
+from system.files import UserError, expanded
 from system.hub import check_pairs, reachable, reason
 from system.workers import PREFETCH, Loader, Spawn, in_shared_memory, leave_if_orphaned
 
@@ -70,7 +70,7 @@ def read_pairs(
     check_pairs(source)
     import datasets
 
-    path, files = Path(source).expanduser(), None
+    path, files = expanded(source), None
     try:
         if not path.exists():
             dataset = _from_hub(source, split)

@@ -46,14 +46,14 @@ same folder are refused. A table of other models is kept under its date. Under -
 
 import argparse
 import gc
-import json
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from evaluation.published import PUBLISHED_SCORERS, TITLES, TOY
-from system.files import UserError, set_aside, write
+from system.files import UserError, encoded, set_aside, write
+from system.hub import check_local
 from system.program import Parser, reported
 
 NAME = r"\w[\w.+-]*"  # of a model or prompt set: it becomes a folder
@@ -100,6 +100,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_flags(args)
     args.models = name_models(args.models)
+    for path in [*args.models.values(), *([args.base] if args.base else [])]:
+        check_local(path)
     return args
 
 
@@ -235,9 +237,13 @@ def check_out(out: Path):
 
 def family(pipeline: str) -> str:
     """tiny, sdxl or sd15: of USUAL. An SDXL is tiny with latents up to 32 px."""
-    kind = hub.architecture(pipeline)
-    small = kind == "sdxl" and hub.read_config(pipeline, "unet")["sample_size"] <= 32
-    return "tiny" if small else kind
+    kind, size = hub.architecture(pipeline), hub.read_config(pipeline, "unet").get("sample_size")
+    if type(size) is not int:
+        raise UserError(
+            f"'{pipeline}' has sample_size {size} in its UNet's config.json; write one number "
+            "there, the side of the latents."
+        )
+    return "tiny" if kind == "sdxl" and size <= 32 else kind
 
 
 def choose_settings(args: argparse.Namespace, families: dict[str, str]) -> dict[str, dict]:
@@ -276,18 +282,8 @@ def read_sets(sources: list[str] | None, given: dict[str, Path], tiny: bool) -> 
 
 def read_cost(path: str | None) -> dict | None:
     """cost.json of the folder of a model, if it has one; UserError where it is damaged."""
-    if path is None:
-        return None
-    place = Path(path)
-    file = (place.parent if place.is_file() else place) / "cost.json"
-    try:
-        cost = json.loads(file.read_text("utf-8"))
-        tables.cost_row(cost)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"'{file}' is damaged; delete it, or train again.") from error
-    return cost
+    place = Path(path or "")
+    return tables.read_cost(place.parent if place.is_file() else place) if path else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -348,7 +344,7 @@ def report(found: Found, judged: dict[str, dict], out: Path) -> dict:
     texts = {"scores.json": gallery.to_json(kept), "results.json": gallery.to_json(results)}
     texts["table.md"] = tables.table(results)
     there = [out / name for name in texts if (out / name).is_file()]
-    if any(path.read_bytes() != texts[path.name].encode() for path in there):
+    if any(path.read_bytes() != encoded(texts[path.name]) for path in there):
         there += [path for key in found if (path := out / f"{key}.png").is_file()]
         kept = ", ".join(path.name for path in set_aside(there))
         print(f"The earlier results, of other models or settings, are kept as {kept}.\n")

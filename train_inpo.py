@@ -190,8 +190,7 @@ def main(argv: list[str] | None = None):
         processes.join()
         plan = processes.together(lambda: check(args))
         processes.agree(asked(args) | {"data": plan.fingerprint, "code": processes.code_version()})
-        if processes.is_main():
-            print(describe(args, plan), flush=True)
+        processes.print0(describe(args, plan))
         if args.dry_run:
             return
         if processes.on_main(lambda: folder.finished(args.out, args.steps)):

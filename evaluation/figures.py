@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from system.text import printable
+
 # --------------------------------------------------------------------------------------------------
 # Image grids.
 
@@ -20,6 +22,7 @@ SMALLEST, LARGEST = 128, 512  # pixels: pictures are enlarged to at least, reduc
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
     """Break text into at most `lines` lines of at most `width` pixels; a cut is marked "..."."""
+    text = printable(" ".join(text.split()))
     for characters in range(max(4, min(len(text), int(width))), 3, -1):
         broken = textwrap.wrap(text, characters, max_lines=lines, placeholder="...")
         if all(font.getlength(line) <= width for line in broken):
@@ -153,7 +156,7 @@ def curves(metrics: list[dict], path: str | Path, title: str = "", method: str =
         axes.set(xlabel="optimizer step", ylabel=unit)
         axes.grid(color="#e6e6e6", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(printable(title), fontsize=13, parse_math=False)  # "$" may be in a name
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -192,6 +195,6 @@ def trajectories(panels: list[dict], path: str | Path, title: str = "", columns:
         axes.legend(frameon=False, fontsize=8)
     for axes in places[len(panels) :]:
         axes.set_axis_off()
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(printable(title), fontsize=13, parse_math=False)  # "$" may be in a name
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -11,11 +11,14 @@ batch b is rank b mod world's, so that the files do not depend on how many ranks
 folders from elsewhere have no manifest; `read_pictures` makes one up from the order of the files.
 """
 
+import errno
 import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -25,9 +28,10 @@ from tqdm import tqdm
 
 import model
 from evaluation import figures
-from evaluation.prompts import PromptSet
+from evaluation.prompts import PromptSet, is_text
+from sources.pictures import PIXELS, decode, opened, what_is_broken
 from system import hub, processes
-from system.files import UserError, differences, replacing, write
+from system.files import UserError, differences, is_number, read_json, replacing, write
 
 # --------------------------------------------------------------------------------------------------
 # The machine. A launcher starts one process per GPU; plain `python` is a group of one.
@@ -97,7 +101,7 @@ def pictures(folder: Path) -> list[str]:
     def key(name: str) -> list:
         return [(part.isdecimal() and int(part), part) for part in re.split(r"(\d+)", name)]
 
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
     return sorted((n for n in names if re.search(r"(?i)^[^.].*\.(png|jpe?g)$", n)), key=key)
 
 
@@ -118,17 +122,65 @@ def is_gallery(path: str) -> bool:
 
 def read_manifest(folder: Path) -> dict | None:
     """manifest.json of a folder, None where there is none; UserError where it is damaged."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-        manifest = {"set": "images", "prompts": len(manifest["images"])} | manifest
-        named = all(entry["file"] and entry["prompt"] for entry in manifest["images"])
-        if manifest["prompts"] < 1 or not named:
-            raise ValueError
-    except (FileNotFoundError, NotADirectoryError):
+    file, fix = folder / "manifest.json", "delete it where others wrote it, else delete that folder"
+    if not file.exists():
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{folder}/manifest.json' is damaged; delete that folder.") from error
+    manifest = read_json(file, fix)
+    if isinstance(images := manifest.get("images"), list):
+        manifest = {"set": "images", "prompts": len(images)} | manifest
+    if found := flaw(manifest):
+        raise UserError(f"{file} is damaged, {found}; {fix}.")
     return manifest
+
+
+TEXTS = ("name", "model", "base", "architecture", "dtype", "identity", "torch", "diffusers")
+NUMBERS = ("steps", "guidance", "batch", "size")
+
+
+def is_string(value) -> bool:
+    return isinstance(value, str)
+
+
+def flaw(manifest: dict) -> str | None:
+    """The first value of a manifest that cannot be what the docstring above says."""
+    images, P = manifest.get("images"), manifest.get("prompts")
+    if not isinstance(images, list) or not images:
+        return "images is no list with entries"
+    if type(P) is not int or P < 1 or len(images) % P:
+        return f"prompts is no number that divides its {len(images)} images"
+    kinds = {"set": is_text} | dict.fromkeys(TEXTS, is_string) | dict.fromkeys(NUMBERS, is_number)
+    for key, fits in kinds.items():
+        if manifest.get(key) is not None and not fits(manifest[key]):
+            return f"{key} has the wrong type"
+    for k, entry in enumerate(images):
+        if not isinstance(entry, dict):
+            return f"image {k} is no object"
+        file, prompt, seed = (entry.get(key) for key in ("file", "prompt", "seed"))
+        if not is_string(file) or file in ("", "..") or Path(file).name != file or "\0" in file:
+            return f"file of image {k} is not the name of a file in its folder"
+        if not is_text(prompt) or not prompt.strip():
+            return f"prompt of image {k} is no text"
+        if seed is not None and type(seed) is not int:
+            return f"seed of image {k} is no whole number"
+        if entry.get("category") is not None and not is_text(entry["category"]):
+            return f"category of image {k} is no text"
+    return None
+
+
+LARGEST = 8 * PIXELS  # bytes: 16 bits, four bands, not compressed
+
+
+def readable(path: Path, read: Callable[[], Any]) -> Any:
+    """read(), of a picture; a UserError where that fails, or the file cannot be a picture."""
+    try:
+        if not path.is_file():  # to open a pipe would wait for ever
+            raise FileNotFoundError(errno.ENOENT, "there is no such file")
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST:,} bytes")
+        return read()
+    except Exception as error:  # PIL: OSError, SyntaxError, ValueError, struct.error, ...
+        why = getattr(error, "strerror", None) or what_is_broken(error)
+        raise UserError(f"'{path}' cannot be read as a picture ({why}); draw it again.") from error
 
 
 def prompts_of(manifest: dict) -> PromptSet:
@@ -164,11 +216,8 @@ def read_pictures(folder: Path, prompts: PromptSet, limit: int | None = None) ->
                 f"'{folder}' shows other prompts than {prompts.name}: image {k} of {len(images)} "
                 f"is '{entry['prompt']}', not '{shown}' of {len(one_each)}; give its --prompts."
             )
-        try:
-            Image.open(folder / entry["file"]).close()
-        except OSError as error:
-            file = folder / entry["file"]
-            raise UserError(f"'{file}' is not there or no picture; draw it again.") from error
+        path = folder / entry["file"]
+        readable(path, lambda path=path: opened(path).close())
     images = [one_each[k % len(one_each)] | entry for k, entry in enumerate(images)]
     return manifest | {"prompts": len(one_each), "images": images}
 
@@ -292,12 +341,8 @@ def generate(pipeline, folder: Path, manifest: dict, progress: str | None = None
 
 
 def open_image(path: Path) -> Image.Image:
-    """A picture in RGB; UserError where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read as a picture; delete it.") from error
+    """A picture as training would see it, see `decode`; UserError where it cannot be read."""
+    return readable(path, lambda: decode(path.read_bytes()))
 
 
 JUDGED = 16  # images at a time

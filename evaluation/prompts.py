@@ -9,12 +9,13 @@ and as often as it occurs. So Parti-Prompts are split at tabs alone; a reader of
 many scripts use, removes the quotation marks of one of them."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import toy
-from system.files import UserError
+from system.files import UserError, expanded
 from system.hub import download, file_kind
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -42,7 +43,7 @@ def read(source: str) -> PromptSet:
     blanks are dropped; or a .tsv file with the columns Prompt and Category. Files are UTF-8."""
     if source == "toy":
         return PromptSet("toy", toy.prompts("heldout"), None)
-    (name, copied, copy), path = source.partition("="), Path(source).expanduser()
+    (name, copied, copy), path = source.partition("="), expanded(source)
     if name in PUBLISHED:
         hub, files = PUBLISHED[name]
         if copied:
@@ -53,13 +54,18 @@ def read(source: str) -> PromptSet:
     elif path.suffix in (".txt", ".tsv"):
         name, rows = re.sub(r"[^\w.-]+", "-", path.stem).lstrip("."), _rows(path, path.name)
     else:
-        found = f"{file_kind(path)}, not" if path.is_file() else "not"
+        found = f"{file_kind(path)}, not" if os.path.isfile(path) else "not"
         known = f"toy, {', '.join(PUBLISHED)}, NAME=PATH of a local copy, or a .txt or .tsv file"
         raise UserError(f"'{source}' is {found} a prompt set: use {known}.")
     if not rows:
         raise UserError(f"'{source}' holds no prompt.")
     prompts, categories = map(list, zip(*rows, strict=True))
     return PromptSet(name or "prompts", prompts, None if None in categories else categories)
+
+
+def is_text(value) -> bool:
+    """Whether it is a string of whole characters. JSON may hold halves of them, as "\\ud83d"."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -73,7 +79,7 @@ def _download(hub: str, file: str) -> Path:
 
 def _copies(source: str, copy: str, files: list[str]) -> list[Path]:
     """The files in a folder, in the hub's layout or flat; a set of one file may be that file."""
-    root = Path(copy).expanduser()
+    root = expanded(copy)
     if root.is_file() and len(files) == 1:
         return [root]
     for layout in (files, [Path(file).name for file in files]):
@@ -110,6 +116,8 @@ def _json(path: Path, text: str, category: str | None) -> Rows:
         entries = json.loads(text)
     except ValueError as error:
         raise UserError(f"'{path}' is not JSON: {error}.") from error
+    except RecursionError as error:
+        raise UserError(f"'{path}' is nested too deeply to be a list of prompts.") from error
     if not isinstance(entries, list):
         raise UserError(f"'{path}' must be a list of prompts, or of objects with a 'prompt'.")
     rows = []
@@ -117,6 +125,9 @@ def _json(path: Path, text: str, category: str | None) -> Rows:
         prompt = entry.get("prompt") if isinstance(entry, dict) else entry
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"Entry {number} (from 0) of '{path}' holds no prompt.")
+        if not is_text(prompt):
+            half = "half of a character (a lone surrogate); write it out"
+            raise UserError(f"Entry {number} (from 0) of '{path}' holds {half}.")
         rows.append((prompt, category))
     return rows
 

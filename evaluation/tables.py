@@ -3,8 +3,12 @@
 79.3 [77.8, 80.6] (79.25), ties 0.3    rate, 95 % interval, published rate and ties, in %
 """
 
+from pathlib import Path
+
 from evaluation.published import HPS_CAVEAT, PERCENT, SOURCE, STEPS, TITLES
 from evaluation.winrate import sorted_pairs
+from system import text
+from system.files import UserError, is_number, read_json
 
 SET_TITLES = {"hpdv2": "HPDv2", "hpdv2-test": "HPDv2 test", "parti": "Parti-Prompts"}
 COST = {  # column: what to write of a cost.json
@@ -19,9 +23,19 @@ COST = {  # column: what to write of a cost.json
 }
 
 
-def cost_row(cost: dict) -> list[str]:
-    """The cells of a cost.json; KeyError, TypeError or ValueError where it is damaged."""
-    return [write(cost) for write in COST.values()]
+NUMBERS = ("steps", "pairs", "unet_calls", "flops", "seconds", "devices", "device_hours")
+
+
+def read_cost(folder: Path, fix: str = "delete it, or train again") -> dict | None:
+    """cost.json of a model's folder, None where there is none; UserError where it is damaged."""
+    file = folder / "cost.json"
+    if not file.exists():
+        return None
+    cost = read_json(file, fix)
+    numbers = all(is_number(cost.get(key)) for key in (*NUMBERS, "peak_memory"))
+    if not numbers or not all(isinstance(cost.get(key), str) for key in ("method", "device")):
+        raise UserError(f"{file} is damaged; {fix}.")
+    return cost
 
 
 def clock(seconds: float) -> str:
@@ -37,20 +51,18 @@ def cell(value: float, low: float | None, high: float | None, form: str, unit: f
 
 def rate_cell(record: dict) -> str:
     """ "79.3 [77.8, 80.6] (79.25), ties 0.3": rate, interval, published rate, ties if any, in %."""
-    text = cell(record["rate"], record["low"], record["high"], ".1f", 100)
+    said = cell(record["rate"], record["low"], record["high"], ".1f", 100)
     if record["published"] is not None:
-        text += f" ({record['published']:.2f})"
+        said += f" ({record['published']:.2f})"
     if ties := 100 * record["ties"] / record["n"]:
-        text += f", ties {ties:.1f}" if ties >= 0.05 else ", ties < 0.1"
-    return text
+        said += f", ties {ties:.1f}" if ties >= 0.05 else ", ties < 0.1"
+    return said
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; a "|" inside a cell is escaped."""
+    """A Markdown table; what would be more than text in a cell is escaped."""
     lines = [head, ["---"] * len(head), *rows]
-    return "".join(
-        "| " + " | ".join(text.replace("|", "\\|") for text in line) + " |\n" for line in lines
-    )
+    return "".join("| " + " | ".join(map(text.markdown, line)) + " |\n" for line in lines)
 
 
 def table(results: dict) -> str:
@@ -89,7 +101,10 @@ def table(results: dict) -> str:
     if results["costs"]:
         parts.append("## Training cost\n")
         parts.append("A UNet call is the forward of one image; a backward is two.\n")
-        lines = [[name, *cost_row(cost)] for name, cost in results["costs"].items()]
+        lines = [
+            [name, *(write(cost) for write in COST.values())]
+            for name, cost in results["costs"].items()
+        ]
         parts.append(markdown(["model", *COST], lines))
     return "\n".join(parts)
 
@@ -112,7 +127,9 @@ def describe(about: dict) -> str:
     words = f"{about['prompts']:,} prompts, {about['images']:,} images per model"
     known = ("steps", "{} steps"), ("guidance", "guidance {:g}"), ("dtype", "{}")
     words += "".join(
-        f", {form.format(about[key])}" for key, form in known if about[key] is not None
+        f", {text.markdown(form.format(about[key]))}"
+        for key, form in known
+        if about[key] is not None
     )
     if about["first_seed"] is None:
         return words + ", seeds not known for all models"

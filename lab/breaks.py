@@ -286,7 +286,8 @@ def run_tests(folder: Path, tests: list[str], limit: float | None = None) -> str
     said = log.read_text()
     failed = [line for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     if child.exitcode not in (0, 1) or bool(child.exitcode) != bool(failed):
-        raise UserError(f"pytest could not run {' '.join(tests)}:\n{said[-3000:]}")
+        print(said[-3000:], file=sys.stderr)
+        raise UserError(f"pytest could not run {' '.join(tests)}; it is quoted above.")
     return failed[0].split(" - ")[0].split("::", 1)[-1] if failed else ""
 
 

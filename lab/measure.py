@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from system.files import UserError, write
+from system.files import UserError, is_number, read_json, write
 from system.program import Parser, reported
 
 STEPS, GUIDANCE = 15, 2.0  # of sampling
@@ -43,6 +43,7 @@ import model
 import toy
 from invert import add_noise, randn_like
 from system import hub
+from system.lock import alone
 
 
 def held_out(pipeline, count: int) -> tuple[torch.Tensor, dict, torch.Tensor, torch.Tensor]:
@@ -84,6 +85,27 @@ def judge(pipeline, unet, images: int, folder: Path) -> dict:
     }
 
 
+def read(folder: Path, images: int) -> dict[str, dict]:
+    """{step: scores} of folder/measured.json that are whole and of this many images per prompt."""
+    try:
+        there = read_json(folder / "measured.json")
+    except UserError:  # absent or damaged: what is missing is judged again
+        return {}
+    count, steps = images * len(toy.prompts("heldout")), there.get("steps")
+    if there.get("images") != images or not isinstance(steps, dict):
+        return {}
+    return {step: scores for step, scores in steps.items() if is_whole(scores, count)}
+
+
+def is_whole(scores: dict, count: int) -> bool:
+    """Whether this is what `judge` gives of that many images."""
+    if not isinstance(scores, dict) or not is_number(scores.get("drift")):
+        return False
+    rows = [scores.get(key) for key in ("preference", "faithfulness")]
+    rows = [row for row in rows if isinstance(row, list) and len(row) == count]
+    return len(rows) == 2 and all(is_number(value) for row in rows for value in row)
+
+
 def exports(folder: Path) -> dict[str, str]:
     """{step: path} of the models in unets/, without a *.new that a kill has left."""
     found = [path for path in sorted(folder.glob("unets/step_*")) if path.name[5:].isdigit()]
@@ -96,11 +118,11 @@ def measure(folder: Path, images: int, steps: list[int] | None = None):
     file, paths = folder / "measured.json", exports(folder)
     if steps == [0]:
         paths = {"0": hub.PRESETS["tiny"]}
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; move it away.")
     if not paths:
         raise UserError(f"{folder} has no unets/step_*; train with --export-every.")
-    measured = json.loads(file.read_text()) if file.exists() else {}
-    if measured.get("images") != images:
-        measured = {"images": images, "steps": {}}
+    measured = {"images": images, "steps": read(folder, images)}
     pipeline = model.load_pipeline("tiny")
     for step, path in paths.items():
         if step not in measured["steps"] and (steps is None or int(step) in steps):
@@ -111,7 +133,7 @@ def measure(folder: Path, images: int, steps: list[int] | None = None):
 
 def main(argv: list[str] | None = None):
     args = parse(argv)
-    with reported("lab.measure"):
+    with reported("lab.measure"), alone(args.folder):
         measure(args.folder, args.images, args.exports)
 
 

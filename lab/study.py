@@ -49,8 +49,9 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 import toy
-from evaluation import figures
+from evaluation import figures, tables
 from lab import measure, report
+from system.lock import alone
 from training import budget
 from training.flags import parse as parse_training
 from training.folder import read_metrics
@@ -169,13 +170,9 @@ class Job:
 
     def done(self) -> float:
         """The part of them that lies in the folder."""
-        trained, judged = len(read_metrics(self.folder)), 0
-        file = self.folder / "measured.json"
-        if file.exists():
-            measured = json.loads(file.read_text())
-            if measured["images"] == self.images:
-                judged = len({int(step) for step in measured["steps"]}.intersection(self.judged()))
-        return self.spent(trained, judged)
+        judged = measure.read(self.folder, self.images)
+        judged = [step for step in self.judged() if str(step) in judged]
+        return self.spent(len(read_metrics(self.folder)), len(judged))
 
     def spent(self, steps: int, judgements: int) -> float:
         training = steps * self.calls_per_step() if steps else 0
@@ -209,6 +206,15 @@ def jobs_of(study: Study, out: Path) -> list[Job]:
 
 children: set[subprocess.Popen] = set()  # they run now, and end with this process
 
+# What a child runs first: Linux kills it when the thread that has started it ends, however it ends,
+# so that it does not hold the lock of its run's folder when the study is started again.
+TIED = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, which exec keeps
+if os.getppid() == int(sys.argv[1]):  # else that end has come before
+    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
 
 def run_job(job: Job, threads: int):
     """Train and judge. Raises UserError with the log's last line where a command fails."""
@@ -219,7 +225,7 @@ def run_job(job: Job, threads: int):
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     for words in job.commands():
         with open(log, "a") as file:
-            command = [sys.executable, *words]
+            command = [sys.executable, "-c", TIED, str(os.getpid()), *words]
             child = subprocess.Popen(command, stdout=file, stderr=file, env=env)
             children.add(child)
             code = child.wait()
@@ -259,7 +265,7 @@ def records(study: Study, jobs: list[Job]) -> list[dict]:
     is the variant "base"."""
     found = []
     for job in jobs:
-        measured = json.loads((job.folder / "measured.json").read_text())["steps"]
+        measured = measure.read(job.folder, job.images)
         for step in job.judged():
             name = job.variant.name if job.variant else "base"
             calls = step * job.calls_per_step() if job.variant else 0
@@ -285,7 +291,10 @@ def write_table(results: report.Results, jobs: list[Job], out: Path) -> str:
     costs = {name: [] for name in results.variants}
     shown = {"base": jobs[0].folder / "images" / "step_000000"}
     for job in jobs[1:]:
-        costs[job.variant.name].append(json.loads((job.folder / "cost.json").read_text()))
+        fix = "delete that folder; the same command trains again"
+        if (cost := tables.read_cost(job.folder, fix)) is None:
+            raise UserError(f"{job.folder} has no cost.json; {fix}.")
+        costs[job.variant.name].append(cost)
         if job.seed == results.seeds[0]:
             last = f"step_{job.variant.steps:06d}"
             shown[job.variant.name] = job.folder / "images" / last
@@ -338,10 +347,14 @@ WRITERS = {"table": write_table, "tune": write_tune, "ablation": write_ablation}
 
 def main(argv: list[str] | None = None):
     args = parse(argv)
+    with reported("lab.study"), alone(args.out):
+        run(args)
+
+
+def run(args: argparse.Namespace):
     study = STUDIES[args.study]()
     jobs = jobs_of(study, args.out)
-    with reported("lab.study"):
-        run_all(jobs, args.jobs)
+    run_all(jobs, args.jobs)
     judgements = records(study, jobs)
     results = report.Results(judgements, toy.prompts("heldout") * study.images)
     text, wins = WRITERS[args.study](results, jobs, args.out), report.all_wins(results)

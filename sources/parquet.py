@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sources.schema import COLUMNS, PICTURES, check_columns, check_labels, features, is_picture
-from system.files import UserError
+from system.files import UserError, expanded
 from system.hub import PAIRS, file_kind, reason
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def copied(path: Path, labels: dict[str, np.ndarray]) -> "datasets.Dataset":
     import datasets
 
     builder = builder_of(labels)
-    cache, folder = Path(builder.cache_dir), Path(datasets.config.HF_DATASETS_CACHE).expanduser()
+    cache, folder = Path(builder.cache_dir), expanded(datasets.config.HF_DATASETS_CACHE)
     if not cache.exists():
         need = sum(_bytes(file) for file in labels)
         # What another rank is copying, or a killed one has copied, counts as room. It is measured

@@ -3,6 +3,7 @@
 import io
 import math
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -15,16 +16,23 @@ PIXELS = 8192 * 8192
 FORMATS = ["PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM"]
 
 
+def opened(file: Path | io.BytesIO) -> Image.Image:
+    """A picture whose pixels are not read yet. Raises ValueError for more than PIXELS of them, and
+    whatever PIL does for broken bytes."""
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+        image = Image.open(file, formats=FORMATS)
+    if (count := math.prod(image.size)) > PIXELS:
+        raise ValueError(f"a picture has {count:,} pixels, more than {PIXELS:,}")
+    return image
+
+
 def decode(data: bytes) -> Image.Image:
     """An upright RGB image of 8 bits, transparency over white, grey as `_grey` scales it.
 
     Of more than PIXELS pixels it raises ValueError before it takes memory for them; below that it
     takes at most 1.6 GB for a moment (measured: a JPEG 2000 of four bands; a PNG takes 1.1 GB).
     Raises whatever PIL does for broken bytes."""
-    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if (count := math.prod(image.size)) > PIXELS:
-        raise ValueError(f"a picture has {count:,} pixels, more than {PIXELS:,}")
+    image = opened(io.BytesIO(data))
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _grey(image)

@@ -138,19 +138,19 @@ def save(engine, step: int, folder: Path, settings: dict, keep: int, every: int)
 
 def _write(engine, path: Path, settings: dict) -> tuple[str, bool] | None:
     """Write a checkpoint. Returns `failure_of` any rank."""
-    scratch, step = path.with_suffix(".partial"), step_of(path)
+    scratch = path.with_suffix(".partial")
     on_main(lambda: _clean(path.parent))
     engine.checkpoint_engine = writer = Writer()
     engine._copy_recovery_script = lambda save_path: None  # export.py does that script's work
     engine.save_checkpoint(
         str(path.parent),
         tag=scratch.name,
-        client_state={"step": step},
+        client_state={"step": step_of(path)},
         save_latest=False,
         exclude_frozen_parameters=True,  # of LoRA: they are in the base model
     )
     files = {name: sums for written in gather(writer.files) for name, sums in written.items()}
-    facts = {"step": step, "world": dist.get_world_size(), "run": settings, "files": files}
+    facts = {"step": step_of(path), "world": dist.get_world_size(), "run": settings, "files": files}
     facts["stage"] = engine.zero_optimization_stage()
     return first(writer.failure) or on_main(lambda: _publish(scratch, path, facts))
 

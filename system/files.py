@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
+from system.text import printable
+
 ROOT = Path(__file__).parents[1]  # the folder of train_inpo.py
 
 # -------------------------------------------------------------------------------------------------
@@ -25,11 +27,11 @@ ROOT = Path(__file__).parents[1]  # the folder of train_inpo.py
 class UserError(ValueError):
     """What a user can set right: one sentence with the file, row or flag, and the fix.
 
-    torch's DataLoader rebuilds a worker's exception from the text of its traceback; the sentence is
-    cut out of that text again."""
+    It may name what others wrote, which is made `printable`. torch's DataLoader rebuilds a worker's
+    exception from the text of its traceback; the sentence is cut out of that text again."""
 
     def __init__(self, sentence: str):
-        super().__init__(sentence.rsplit("UserError: ", 1)[-1].strip())
+        super().__init__(printable(sentence.rsplit("UserError: ", 1)[-1].strip()))
 
 
 def differences(there: dict, now: dict, most: int | None = None) -> str:
@@ -37,6 +39,11 @@ def differences(there: dict, now: dict, most: int | None = None) -> str:
     many of them are named."""
     keys = [key for key in dict.fromkeys([*there, *now]) if there.get(key) != now.get(key)]
     return "; ".join(f"{key}: {there.get(key)} there, {now.get(key)} now" for key in keys[:most])
+
+
+def expanded(path: str) -> Path:
+    """With ~ as the home folder; ~nobody stays (pathlib raises a RuntimeError)."""
+    return Path(os.path.expanduser(path))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -80,7 +87,8 @@ def is_step(value) -> bool:
 
 
 def is_number(value) -> bool:
-    return type(value) in (int, float)
+    """Whether it is a finite number, which fits a float (JSON may also hold NaN and 10**400)."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def _read(path: Path) -> bytes:
@@ -106,7 +114,7 @@ def _parse(data: bytes) -> dict:
 def warn_once(sentence: str):
     """Print a warning on rank 0, where it has not been printed before."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"Warning: {sentence}", file=sys.stderr, flush=True)
+        print(f"Warning: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -139,7 +147,11 @@ def replacing(path: Path) -> Iterator[Path]:
 def write(path: Path, text: str):
     """Write a text file, or leave what was there."""
     with replacing(path) as scratch:
-        scratch.write_text(text, "utf-8", "backslashreplace")  # of names of files that are no UTF-8
+        scratch.write_bytes(encoded(text))
+
+
+def encoded(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")  # of names of files that are no UTF-8
 
 
 def sync_all(path: Path):

@@ -7,7 +7,6 @@
 The hub is huggingface.co, or what HF_ENDPOINT names. Nothing here takes long to import.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from system.files import ROOT, UserError
+from system.files import ROOT, UserError, expanded, read_json
 
 PRESETS = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -125,8 +124,8 @@ def find(name: str, what: str, *files: str) -> tuple[Path, str]:
 
     name: a preset, a folder, or a hub id. what: as of `download`. Raises UserError."""
     source = PRESETS.get(name, name)
-    path = Path(source)
-    if path.is_dir():
+    path, exists = Path(source), os.path.exists(source)  # pathlib: OSError for names too long
+    if exists and path.is_dir():
         for file in files:
             if (path / file).is_file():
                 return path / file, file
@@ -136,13 +135,20 @@ def find(name: str, what: str, *files: str) -> tuple[Path, str]:
         if (path / "checkpoint.json").is_file():
             raise UserError(f"'{source}' is a checkpoint of a run, not a {what}; {export} it.")
         raise UserError(f"'{source}' is not a {what}: it has no {' or '.join(files)}.")
-    if not path.exists() and re.fullmatch(HUB_ID, source):
+    if not exists and re.fullmatch(HUB_ID, source):
         return download(source, what, *files, here="there is no folder of that name here, and ")
-    found = f"it is {file_kind(path)}" if path.exists() else "there is no folder of that name here"
+    found = f"it is {file_kind(path)}" if exists else "there is no folder of that name here"
     raise UserError(
         f"Unknown {what} '{name}': {found}; name a folder in diffusers layout, a hub id like "
         f"owner/name, or one of {', '.join(PRESETS)}."
     )
+
+
+def check_local(name: str):
+    """UserError for a model that is neither here nor can be on the hub, which is not asked."""
+    source = PRESETS.get(name, name)
+    if not os.path.exists(source) and not re.fullmatch(HUB_ID, source):
+        find(name, "model")  # raises
 
 
 def file_kind(path: Path) -> str:
@@ -157,7 +163,7 @@ def lora_file(path: str) -> str:
 def check_pairs(source: str):
     """UserError for pairs that are neither here ("toy" always is) nor in the cache of datasets, if
     the hub lacks them or cannot be asked. Takes at most five seconds."""
-    if source == "toy" or Path(source).expanduser().exists():
+    if source == "toy" or os.path.exists(expanded(source)):
         return
     here = "there is no file or folder of that name here"
     if not re.fullmatch(HUB_ID, source):
@@ -165,7 +171,7 @@ def check_pairs(source: str):
     kept = os.environ.get("HF_DATASETS_CACHE", f"{constants.HF_HOME}/datasets")
     owner, name = source.split("/")
     name = name if name.islower() else "*"  # datasets writes MyPairs as my_pairs
-    if any(Path(kept).expanduser().glob(f"{owner}___{name}/*/*/*")):
+    if any(expanded(kept).glob(f"{owner}___{name}/*/*/*")):
         return
     if source == PICKAPIC:  # yuvalkirstain/PickScore#36
         raise UserError(
@@ -184,7 +190,7 @@ def kind(path: str) -> str:
     """What NAME=PATH may point at: "pipeline", "unet" (alone, at the root or in unet/), "lora".
 
     A .safetensors file is a LoRA; of a folder or hub id the first file that it holds decides."""
-    if path.endswith(".safetensors") and Path(path).is_file():
+    if path.endswith(".safetensors") and os.path.isfile(path):
         return "lora"
     files = ("model_index.json", "unet/config.json", "config.json", LORA)
     found = find(path, "pipeline, UNet or LoRA", *files)[1]
@@ -218,4 +224,4 @@ def read_config(name: str, part: str) -> dict:
 
 
 def _read(file: Path) -> dict:
-    return one_sentence(lambda: json.loads(file.read_text("utf-8")), f"'{file}' is no JSON")
+    return read_json(file, "download it again")

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +16,14 @@ LOCK = ".lock"
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Hold the lock of `out` while inside. Raises UserError where another job holds it
-    (collective). The lock is rank 0's, and ends with that process, however it ends."""
+    (collective). The lock is rank 0's, and ends with that process, however it ends.
+
+    What an earlier job that was killed has left unfinished there is deleted."""
     with contextlib.ExitStack() as held:
 
         def hold():
             held.callback(os.close, lock(out))
+            delete_unfinished(out)
 
         on_main(hold)
         yield
@@ -42,6 +46,15 @@ def lock(out: Path) -> int:
     except OSError:
         pass  # a file system without locks
     return file
+
+
+def delete_unfinished(folder: Path):
+    """Delete what a killed job has left beside its files, see `replacing`; its folders stay."""
+    for scratch in folder.glob("*.new"):
+        if scratch.is_dir():
+            shutil.rmtree(scratch)
+        else:
+            scratch.unlink()
 
 
 def not_written(out: Path, error: OSError) -> UserError:

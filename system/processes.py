@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 
 from system.files import ROOT, UserError
+from system.text import printable
 
 # -------------------------------------------------------------------------------------------------
 # Printing. It works before join(), too.
@@ -52,7 +53,7 @@ def is_main() -> bool:
 
 def print0(*words, file=None):
     if is_main():
-        print(*words, file=file, flush=True)
+        print(*(printable(str(word), kept="\n") for word in words), file=file, flush=True)
 
 
 def spans(ranks: Sequence[int]) -> str:
@@ -72,6 +73,8 @@ def excerpt(text: str, other: str, width: int = 60) -> str:
 
 # -------------------------------------------------------------------------------------------------
 # Joining.
+
+FORMING = timedelta(minutes=5)  # to form a group: all ranks have come, but one may end meanwhile
 
 
 def join(timeout: float = 600.0):
@@ -104,7 +107,7 @@ def joined() -> Iterator[None]:
         yield
         return
     store = roll_call(timeout=600.0)
-    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    dist.init_process_group("gloo", timeout=FORMING)
     del store  # the group has taken it up
     try:
         yield
@@ -240,7 +243,9 @@ def patient_group():
     """All ranks over gloo, for what one rank may do for hours while the others wait: download the
     data, convert a checkpoint. If a rank ends, the others see the broken connection at once; a rank
     that hangs is noticed by any_rank and NCCL, which do not wait as long (collective)."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    group = dist.new_group(backend="gloo", timeout=FORMING)  # until then nothing tells of an end
+    dist.distributed_c10d._set_pg_timeout(timedelta(days=7), group)
+    return group
 
 
 def gather(value: Any) -> list:

@@ -5,6 +5,7 @@ Nothing here takes long to import, so that programs can answer --help and wrong 
 
 import argparse
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -14,11 +15,13 @@ import warnings
 from collections.abc import Iterator
 
 from system.files import UserError
+from system.text import printable
 
 # Libraries print errors only: notes of many ranks, at import or load, hide what matters. This holds
 # for libraries that are imported later, and a user's own settings come first.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -50,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", float, finite)  # of every flag that is declared as a float
 
     def error(self, message: str):
-        leave(2, f"{self.prog}: error: {message}")
+        leave(2, f"{self.prog}: error: {printable(message)}")
 
 
 class Steady:
@@ -105,8 +108,13 @@ def reported(program: str, every_rank: bool = False) -> Iterator[None]:
     except UserError as error:
         who = rank if every_rank else ""
         leave(2, f"{program}: error: {who}{error}", every_rank)
-    except RuntimeError as error:
-        if lost_peer(error):
+    except (RuntimeError, OSError) as error:
+        if os.strerror(errno.EMFILE) in str(error):
+            said = (
+                "too many files are open; raise the limit of open files (ulimit -n), or give fewer "
+                "--workers; the same command resumes."
+            )
+        elif lost_peer(error):
             said = "another rank is gone; unless it says what to mend, the same command resumes."
         elif why := lost_worker(error):
             said = (
@@ -124,7 +132,7 @@ LOST = (
     "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe",
     "Timed out waiting", "timeout caused pair closure",  # gloo
     "remote process exit", "communicator was aborted", "collective operation timeout",  # NCCL
-    "Connection was likely closed", "wait timeout after",  # the store
+    "Connection was likely closed", "wait timeout after", "waiting for clients",  # the store
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ import model
 import toy
 from evaluation import gallery, prompts, published, scorers
 from system.files import ROOT, UserError
-from system.lock import alone
+from system.lock import LOCK, alone
 
 # --------------------------------------------------------------------------------------------------
 # A stub: a "model" is a folder whose name says how well it draws.
@@ -91,8 +91,9 @@ def manifest(folder) -> dict:
 
 
 def files(folder, pattern="**/*") -> dict[str, bytes]:
-    """The bytes of all files below a folder, by their place in it."""
+    """The bytes of all files below a folder but its lock, by their place in it."""
     paths = sorted(path for path in Path(folder).glob(pattern) if path.is_file())
+    paths = [path for path in paths if path.name != LOCK]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
@@ -431,7 +432,7 @@ def test_other_weights_or_libraries_and_pictures_of_others_are_refused(stub, cap
     error = refused(capsys)
     assert "'out/images/toy/vivid' holds other images (identity: " in error and not stub.calls
     Path("out/images/toy/base/manifest.json").write_text('{"images": [')
-    assert "manifest.json' is damaged" in refused(capsys)
+    assert "manifest.json cannot be read (Expecting value" in refused(capsys)
     Path("out/images/toy/base/manifest.json").unlink()
     assert "holds pictures without a manifest" in refused(capsys)
 
@@ -443,7 +444,7 @@ def test_a_second_job_in_the_folder_is_refused_until_the_first_ends(stub, capsys
         patch.setattr(evaluate, "check_out", lambda out: None)
         with alone(Path("out")):
             assert told in refused(capsys) and stub.loaded
-    assert files("out") == {".lock": b""} and not stub.calls
+    assert not files("out") and not stub.calls
     stub.loaded.clear()
     with alone(Path("out")):
         assert told in refused(capsys) and not stub.loaded
@@ -585,7 +586,7 @@ MISTAKES = {
     "'few' holds 5 pictures, no multiple of the 18 prompts of toy": [
         "--models", "dull", "few", "--prompts", "toy",
     ],
-    "'broken/2.png' is not there or no picture": [
+    "'broken/2.png' cannot be read as a picture (is no picture that can be read (PNG": [
         "--models", "dull", "broken", "--prompts", "two.txt",
     ],
     "number of images is 18 for dull and 36 for many": [
@@ -604,7 +605,7 @@ MISTAKES = {
     "argument --guidance: 'nan' is not a finite number": ["--guidance", "nan"],
     "differ in their usual guidance (large 5, old 7.5)": ["--models", "large", "old"],
     "differ in their usual steps (dull 25, old 50)": ["--models", "dull", "old"],
-    "spent/cost.json' is damaged": ["--models", "dull", "spent"],
+    "spent/cost.json is damaged; delete it": ["--models", "dull", "spent"],
     "unrecognized arguments: --seed-s": ["--seed-s", "1"],
 }  # fmt: skip
 
@@ -729,6 +730,43 @@ def test_two_ranks_give_the_files_of_one_and_say_a_mistake_once(real, tmp_path):
     assert files(tmp_path) == files(whole)
     assert out.rstrip().endswith((whole / "table.md").read_text().rstrip()) and quiet == ""
     assert error.count("evaluate.py: error: ") == 1 and hushed == "refused\n"
+
+
+ENDS = """
+import os, signal, sys
+from datetime import timedelta
+import evaluate
+from system import processes
+
+evaluate.gallery.JUDGED = 2  # images at a time, so that each rank has some
+modules = {"roll_call": processes, "init_process_group": processes.dist}
+modules |= {"sample": evaluate.model, "open_image": evaluate.gallery}
+name = sys.argv.pop(1)
+if modules[name] in (processes, processes.dist):
+    processes.FORMING = timedelta(seconds=2)  # in place of minutes
+before = getattr(modules[name], name)
+
+def then_end(*given, **options):
+    result = before(*given, **options)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+setattr(modules[name], name, then_end)
+evaluate.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("when", ["roll_call", "init_process_group", "sample", "open_image"])
+def test_a_killed_rank_ends_the_others_with_one_sentence(when, real, tmp_path):
+    """While they join, draw and judge; and the same command goes on."""
+    argv, whole = real
+    argv = [*argv, "--limit", "2", "--scorers", "preference", "--out", str(tmp_path / "out")]
+    left, killed = start([when, *argv], 2, ENDS)
+    said, _ = left.communicate(timeout=60)[1], killed.communicate()
+    assert (left.returncode, killed.returncode) == (1, -signal.SIGKILL), said
+    assert said.splitlines()[-1].startswith("evaluate.py: error: rank 0: another rank is gone; ")
+    assert "Traceback" not in said and "[W" not in said
 
 
 def test_ranks_share_the_batches_of_drawing_and_of_scoring(stub, monkeypatch):

@@ -1,6 +1,7 @@
 """export.py: what comes out of a checkpoint is what the run wrote, in every form and precision."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -277,6 +278,27 @@ def test_a_full_disk_leaves_nothing_and_the_next_export_is_whole(kind, runs, tmp
     assert f"--out {out}: was not written" in sentence and not list(tmp_path.iterdir())
     export.main([str(word) for word in argv])
     assert (out / "README.md").exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_same_export_again_deletes_what_a_kill_left_and_leaves_a_whole_one_alone(
+    runs, tmp_path, capsys
+):
+    argv = [runs / "lora", "--to=lora", f"--out={tmp_path / 'out'}"]
+    left, other = tmp_path / "out.0a1b2c3d.new", tmp_path / "another.0a1b2c3d.new"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "config.json").write_text("{")
+    for _ in range(2):
+        export.main([str(word) for word in argv])
+        assert capsys.readouterr().out == f"Wrote {tmp_path / 'out'}.\n"
+        assert not left.exists() and other.exists()  # the other one may be being written
+        written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    export.main([str(word) for word in argv])
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    for changed in ([runs / "lora", "--to=lora", "--dtype=fp16"], [runs / "full", "--to=unet"]):
+        assert "not empty" in refuse([*changed, f"--out={tmp_path / 'out'}"], capsys)
+    os.truncate(tmp_path / "out" / "pytorch_lora_weights.safetensors", 10)
+    assert "not empty" in refuse(argv, capsys)
 
 
 def test_help_shows_every_default(capsys):

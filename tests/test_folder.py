@@ -12,6 +12,7 @@ from test_files import DAMAGED
 
 import train_inpo
 from lab import measure
+from system.lock import alone
 from training import folder, preview
 from training.folder import check_folder, finished, read_record
 
@@ -129,7 +130,7 @@ def test_a_result_that_is_not_whole_is_not_finished_and_the_same_command_writes_
     flags = {"steps": 2, "checkpoint_every": 1, "export_every": 1}
     train_inpo.main(argv(**flags))
     said = capsys.readouterr()
-    assert f"{again / UNET} has 100 of {size:,} bytes; the result is written again" in said.err
+    assert f"{again / UNET} has 100 of {size} bytes; the result is written again" in said.err
     assert "has finished" not in said.out and distance(weights(again), weights(done)) == 0
     train_inpo.main(argv(**flags))
     assert "has finished its 2 steps" in capsys.readouterr().out
@@ -142,7 +143,7 @@ def test_a_result_that_is_not_whole_is_not_finished_and_the_same_command_writes_
     "name, content",
     [(UNET, None), ("cost.json", b""), ("curves.png", b"PNG"), ("tokenizer/vocab.json", None)]
     + [("result.json", content) for content in (b"", b"[]", b'{"step": 2}', b'{"files": {}}')]
-    + [("result.json", b'{"step": 2, "files": {"a": "1"}}'), ("result.json", b"\xff")],
+    + [("result.json", b'{"step": "2", "files": {}}'), ("result.json", b"\xff")],
 )
 def test_each_file_that_is_missing_or_damaged_is_named(name, content, again, capsys):
     assert finished(again, 2) and finished(again, 1) and not finished(again, 3)
@@ -168,7 +169,15 @@ def test_a_run_without_a_list_or_with_an_edited_card_has_finished_as_before(agai
 
 
 # -------------------------------------------------------------------------------------------------
-# Exports, and time.
+# Leftovers, exports and time.
+
+
+def test_who_holds_the_lock_deletes_what_a_killed_job_left_in_the_folder(tmp_path):
+    (tmp_path / "toy.png.0a1b2c3d.new").write_bytes(b"half")
+    (tmp_path / "best.0a1b2c3d.new" / "unet").mkdir(parents=True)
+    (tmp_path / "toy.png").write_bytes(b"whole")
+    with alone(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "toy.png"}
 
 
 def test_a_half_written_export_is_no_result_and_the_next_run_deletes_it(argv, again):

@@ -163,7 +163,8 @@ MISTAKES = {  # what is done to the folder (None: the key is the name), and word
     "no pipeline": (without("model_index.json"), "it has no model_index.json"),
     "another class": (FLUX, "is a FluxPipeline; StableDiffusionXLPipeline and StableDiffusionPipe"),
     "no class": (NO_CLASS, "is a pipeline without a class; StableDiffusionXLPipeline"),
-    "broken index": (index("{"), "model_index.json' is no JSON: "),
+    "broken index": (index("{"), "model_index.json cannot be read (Expecting "),
+    "index that is a list": (index("[]"), "model_index.json cannot be read (it holds no JSON obj"),
     "no weights": (without(f"unet/{DIFFUSION}"), f"it has no unet/{DIFFUSION} or "),
     "no VAE": (lambda folder: shutil.rmtree(folder / "vae"), "it has no vae/config.json"),
     "no text weights": (

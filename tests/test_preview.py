@@ -24,8 +24,9 @@ import toy
 import train_inpo
 from evaluation import scorers
 from system.files import UserError
+from system.lock import delete_unfinished
 from training import preview
-from training.folder import delete_unfinished, read_metrics
+from training.folder import read_metrics
 
 PROMPTS = ["one", "two", "three", "four"]
 

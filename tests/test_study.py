@@ -1,11 +1,17 @@
 """Laws of study.py, measure.py and report.py: equal work, jobs that continue, what tables say."""
 
 import json
+import math
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
+from launch import start
 from PIL import Image
 
 import model
@@ -13,6 +19,7 @@ import toy
 from evaluation import figures
 from lab import measure, report, study
 from system.files import UserError
+from system.lock import alone
 from training.flags import parse
 from training.recipes import METHODS
 
@@ -133,6 +140,98 @@ def test_a_run_that_fails_is_named_with_its_log_and_the_others_are_stopped(jobs,
     with pytest.raises(UserError, match=r"failed: --eta: has no meaning \(see .*wrong-seed-0\.log"):
         study.run_all(jobs[1:], 2)
     assert not study.children
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from lab import study
+study.Job.commands = lambda job: [["-c", sys.argv[2], str(job.folder), sys.argv[3]]]
+study.Job.calls_per_step = lambda job: 10
+variants = [study.Variant(name, "", (1,)) for name in "ab"]
+study.run_all(study.jobs_of(study.Study(variants, [0], images=1), Path(sys.argv[1]))[1:], 2)
+"""
+HOLD = """
+import fcntl, os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+lock = open(folder / ".lock", "w")  # as train_inpo.py holds it
+fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+folder.joinpath("pid.new").write_text(str(os.getpid()))
+folder.joinpath("pid.new").rename(folder / "pid")
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_study_that_is_killed_takes_its_runs_with_it_and_goes_on(tmp_path):
+    (killed,) = start([tmp_path, HOLD, "300"], 1, KILLED)
+    files = [tmp_path / "runs" / f"{name}-seed-0" / "pid" for name in "ab"]
+    while not all(file.exists() for file in files) and killed.returncode is None:
+        time.sleep(0.05)
+    pids = [int(file.read_text()) for file in files]
+    assert all(map(lives, pids))
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    try:
+        (again,) = start([tmp_path, HOLD, "0"], 1, KILLED)
+        said = again.communicate()
+        assert again.returncode == 0, said
+        assert not any(map(lives, pids))
+    finally:
+        for pid in filter(lives, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+DAMAGED = ["", "null", "[]", "5", "{", '{"images": 1}', '{"images": 1, "steps": []}', "\0" * 50]
+DAMAGED += ['{"images": 1, "steps": {"2": null, "3": {"preference": [1]}}}', "[" * 10**5]
+DAMAGED += [json.dumps({"images": 1, "steps": {"2": {"drift": math.nan}}}), "\xff\xfe"]
+
+
+@pytest.mark.parametrize("text", [*DAMAGED, None], ids=range(len(DAMAGED) + 1))
+def test_a_damaged_judgement_is_made_again(text, jobs):
+    folder = jobs[1].folder
+    folder.mkdir(parents=True)
+    if text is None:
+        (folder / "measured.json").mkdir()
+    else:
+        (folder / "measured.json").write_text(text, "latin-1")
+    assert jobs[1].done() == 0 and measure.read(folder, 1) == {}
+    if text is None:
+        assert "measured.json is a folder; move it away." in refusal(measure.measure, folder, 1)
+
+
+def test_a_study_counts_and_takes_whole_judgements_alone(jobs):
+    study.run_all(jobs, 2)
+    file = jobs[1].folder / "measured.json"
+    measured = json.loads(file.read_text())
+    measured["steps"]["3"]["preference"].pop()
+    file.write_text(json.dumps(measured))
+    assert jobs[1].done() == jobs[1].calls() - jobs[0].calls()
+    study.run_all(jobs, 2)
+    assert [job.done() for job in jobs] == [job.calls() for job in jobs]
+
+
+def test_two_studies_in_a_folder_are_one_too_many(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study, "run_all", lambda *_: pytest.fail("it has started"))
+    with alone(tmp_path), pytest.raises(SystemExit) as stop:
+        study.main(["table", "--out", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and f"--out {tmp_path}: another job is writing there" in said
+
+
+@pytest.mark.parametrize("cost", [None, "", "{}", '{"method": 5}'])
+def test_a_run_whose_cost_is_not_known_is_named(cost, jobs):
+    jobs[1].folder.mkdir(parents=True)
+    if cost is not None:
+        (jobs[1].folder / "cost.json").write_text(cost)
+    told = refusal(study.write_table, results({"a": 0.1, "b": 0.1}), jobs[:2], jobs[1].folder)
+    assert "cost.json" in told and "delete that folder; the same command trains again." in told
 
 
 def test_the_command_line_writes_what_it_prints(jobs, monkeypatch, capsys, tmp_path):
@@ -361,7 +460,7 @@ def test_every_study_writes_its_pages_and_pictures(monkeypatch, tmp_path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (64, 64), (k, 0, 0)).save(path)
             spent = {"steps": step, "unet_calls": 1, "flops": 1, "seconds": 1, "device": "CPU"}
-            spent |= {"device_hours": 1, "peak_memory": 1}
+            spent |= {"device_hours": 1, "peak_memory": 1, "method": "x", "pairs": 1, "devices": 1}
             (job.folder / "cost.json").write_text(json.dumps(spent))
         text = study.WRITERS[name](r, jobs, tmp_path / name)
         panels = drawn[tmp_path / name / f"{name}.png"]

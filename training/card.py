@@ -10,6 +10,8 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from system import hub
+from system.files import UserError, read_json
+from system.text import code, markdown, printable
 
 METHODS = {
     "inpo": "DDIM-InPO (Lu et al., CVPR 2025, arXiv 2503.18454): the latents of winner and loser\n"
@@ -41,39 +43,58 @@ def facts(args: argparse.Namespace, asked: dict, adapters: bool, pairs: int, wor
     }
 
 
+def read(file: Path, fix: str) -> dict:
+    """The facts that a run has left. Raises UserError where they are damaged."""
+    record = read_json(file, fix)
+    texts = ("title", "method", "base_model", "data", "command", "versions")
+    whole = all(isinstance(record.get(key), str) for key in texts) and record["method"] in METHODS
+    perhaps = [record.get(key) for key in ("unet", "unet_subfolder", "merged")]
+    whole = whole and all(value is None or isinstance(value, str) for value in perhaps)
+    if not whole or type(record.get("pairs")) is not int or type(record.get("recipe")) is not dict:
+        raise UserError(f"{file} is damaged; {fix}.")
+    return dict.fromkeys(("unet", "unet_subfolder", "merged")) | record
+
+
 def loading(record: dict) -> str:
     """The Python that loads the model that adapters were trained on, then the adapters."""
-    code, given = "import diffusers\n\n", ""
+    python, given = "import diffusers\n\n", ""
     if record["unet"]:
         subfolder = record["unet_subfolder"]
-        place = f'"{record["unet"]}"' + (f', subfolder="{subfolder}"' if subfolder else "")
-        code += f"unet = diffusers.UNet2DConditionModel.from_pretrained({place})\n"
+        place = quoted(record["unet"]) + (f", subfolder={quoted(subfolder)}" if subfolder else "")
+        python += f"unet = diffusers.UNet2DConditionModel.from_pretrained({place})\n"
         given = ", unet=unet"
-    base = f'"{record["base_model"]}"{given}'
-    code += f"pipeline = diffusers.DiffusionPipeline.from_pretrained({base})\n"
+    base = f"{quoted(record['base_model'])}{given}"
+    python += f"pipeline = diffusers.DiffusionPipeline.from_pretrained({base})\n"
     if record["merged"]:
-        code += f'pipeline.load_lora_weights("{record["merged"]}")\n'
-        code += "pipeline.fuse_lora()\npipeline.unload_lora_weights()\n"
-    return f"{code}pipeline.load_lora_weights(FOLDER)"
+        python += f"pipeline.load_lora_weights({quoted(record['merged'])})\n"
+        python += "pipeline.fuse_lora()\npipeline.unload_lora_weights()\n"
+    return f"{python}pipeline.load_lora_weights(FOLDER)"
+
+
+def quoted(path: str) -> str:
+    """As a string of Python, in double quotes where nothing has to be escaped."""
+    return f'"{path}"' if f"'{path}'" == repr(path) and '"' not in path else repr(path)
 
 
 def origin(record: dict) -> str:
     """One sentence on what was trained from what; for adapters, with the code that loads them."""
-    start = f"`{record['base_model']}`"
+    start = code(record["base_model"])
     if record["unet"]:
-        start += f" with the UNet of `{record['unet']}`"
+        start += f" with the UNet of {code(record['unet'])}"
     if record["merged"]:
         also = " and" if record["unet"] else ""
-        start += f"{also} with the LoRA `{record['merged']}` merged into it"
+        start += f"{also} with the LoRA {code(record['merged'])} merged into it"
     sentence = f"{start}, fine-tuned by {METHODS[record['method']]}."
     if not record["adapters"]:
         return sentence
     whose = "" if record["unet"] else "the UNet of "
-    return f"LoRA adapters for {whose}{sentence}\n\n```python\n{loading(record)}\n```"
+    return f"LoRA adapters for {whose}{sentence}\n\n{code(loading(record), 'python')}"
 
 
 def rows(values: dict) -> str:
-    return "\n".join(f"| {key} | {value} |" for key, value in values.items())
+    return "\n".join(
+        f"| {markdown(key)} | {markdown(str(value))} |" for key, value in values.items()
+    )
 
 
 def render(record: dict, lines: list[dict]) -> str:
@@ -89,21 +110,19 @@ def render(record: dict, lines: list[dict]) -> str:
     front = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        base_model=record["base_model"],
-        datasets=[record["data"]],
+        base_model=printable(record["base_model"]),
+        datasets=[printable(record["data"])],
         tags=[*tags, "lora"] if record["adapters"] else tags,
     )
     return f"""---
 {front.to_yaml()}
 ---
 
-# {record["title"]}
+# {markdown(record["title"])}
 
 {origin(record)}
 
-```
-{record["command"]}
-```
+{code(record["command"], "")}
 
 ## Recipe
 
@@ -111,7 +130,8 @@ def render(record: dict, lines: list[dict]) -> str:
 |---|---|
 {rows({key: value for key, value in record["recipe"].items() if value is not None})}
 
-Data: `{record["data"]}`, {record["pairs"]} pairs after ties were removed. {record["versions"]}.
+Data: {code(record["data"])}, {record["pairs"]} pairs after ties were removed.
+{markdown(record["versions"])}.
 
 ## Training metrics
 

@@ -6,12 +6,13 @@
     python -m training.export out/sdxl-lora --to pipeline --out sdxl-mine   # adapters merged
 
 Writes a diffusers pipeline, a UNet folder or a LoRA file (pytorch_lora_weights.safetensors), with a
-model card; the folder is complete or absent. Weights are the fp32 master weights, rounded once; all
-else is the model that the run started from. Checkpoints are pickles: open only those of your own
-runs.
+model card; the folder is complete or absent, and the same command again leaves it alone. Weights
+are the fp32 master weights, rounded once; all else is the model that the run started from.
+Checkpoints are pickles: open only those of your own runs.
 """
 
 import argparse
+import contextlib
 import glob
 import shutil
 from pathlib import Path
@@ -34,16 +35,17 @@ if __name__ == "__main__":
     parse()  # answers --help and wrong flags before the imports below, which take seconds
 
 import sys
+import zlib
 
 import torch
 from safetensors import SafetensorError
 
 import model
 from system import checkpoint
-from system.files import UserError, read_json, replacing
-from training import lora
-from training.card import render
-from training.folder import read_metrics, read_record
+from system.files import UserError, replacing
+from system.text import markdown, printable
+from training import card, lora
+from training.folder import list_result, read_metrics, read_record, read_result
 from training.plan import compute_dtype
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -92,26 +94,36 @@ def load(settings: argparse.Namespace, path: Path):
     return pipeline, weights, warning
 
 
+def written(out: Path, source: list) -> bool:
+    """Whether `out` holds an export of that checkpoint, to that, whole."""
+    with contextlib.suppress(UserError):
+        return read_result(out).get("of") == source
+    return False
+
+
 def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
     """Write what `path` holds as a "pipeline", "unet" or "lora" (None: lora for a LoRA run, else
     pipeline) to out (None: exports/ in the run's folder). Returns the folder."""
     path = find(path.resolve())
     folder, step = path.parent.parent, checkpoint.read_list(path)["step"]
     settings = argparse.Namespace(**read_record(folder))
-    facts = read_json(folder / "card.json", "an export needs what it says of the run")
+    facts = card.read(folder / "card.json", "an export needs what it says of the run")
     adapters = lora.trains_adapters(settings)
     kind = kind or ("lora" if adapters else "pipeline")
     if kind == "lora" and not adapters:
         raise UserError(f"--to lora: {folder} trained the whole UNet; take pipeline or unet.")
     out = (out or folder / "exports" / f"{path.name}-{kind}-{dtype}").resolve()
+    source = [zlib.crc32((path / checkpoint.LIST).read_bytes()), kind, dtype]
+    if written(out, source):
+        return out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists and is not empty; name another folder.")
 
     pipeline, weights, warning = load(settings, path)
-    text = render(facts | {"adapters": kind == "lora"}, read_metrics(folder, step))
+    text = card.render(facts | {"adapters": kind == "lora"}, read_metrics(folder, step))
     if warning:
-        print(warning, file=sys.stderr)
-        text += f"\n{warning}\n"
+        print(printable(warning), file=sys.stderr)
+        text += f"\n{markdown(warning)}\n"
     unet = pipeline.unet
     if kind != "lora" and adapters:
         unet.fuse_lora(safe_fusing=True)
@@ -128,6 +140,7 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
                 unet.to(DTYPES[dtype]).save_pretrained(scratch, max_shard_size="1TB")  # one file
             else:
                 model.write_pipeline(pipeline.to(DTYPES[dtype]), scratch)
+            list_result(scratch, [file.name for file in scratch.iterdir()], step, of=source)
             (scratch / "README.md").write_text(text)
     except (OSError, SafetensorError) as error:  # a full disk raises one or the other
         raise UserError(f"--out {out}: was not written ({error}).") from error
@@ -138,7 +151,7 @@ def main(argv: list[str] | None = None):
     args = parse(argv)
     with reported("training.export"):
         out = export(args.path, args.to, args.dtype, args.out)
-    print(f"Wrote {out}.")
+    print(f"Wrote {printable(str(out))}.")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from evaluation.published import TITLES
 from system.files import UserError
-from system.hub import check_pairs
+from system.hub import check_local, check_pairs
 from system.program import Parser
 from training.recipes import METHODS, recipe_of, recipe_table
 
@@ -137,6 +137,8 @@ RANGES = {
 def check_flags(args: argparse.Namespace):
     """Raises UserError for flags that are out of range, or have no meaning together."""
     check_pairs(args.data)
+    for path in filter(None, (args.model, args.unet, args.vae, args.lora)):
+        check_local(path)
     for flag, default in recipe_of(args.model, args.method).items():
         if default is None and flag != "vae" and getattr(args, flag) is not None:
             name = flag.replace("_", "-")

@@ -22,7 +22,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 
 from system import checkpoint, files
@@ -37,7 +36,7 @@ from system.files import (
     warn_once,
     write,
 )
-from system.lock import LOCK, not_written
+from system.lock import LOCK, delete_unfinished, not_written
 
 # Settings a resumed run may change: flags, and keys of ds_config.json and of its optimizer.
 MAY_CHANGE = {"steps", "workers", "micro_batch", "judge", "keep", "keep_every"}
@@ -94,7 +93,8 @@ def check_folder(out: Path, settings: dict):
         if out.exists() and not all(map(is_ours, out.iterdir())):
             raise UserError(f"--out {out}: holds files of something else; name an empty folder.")
         return
-    if differ := differences(read_record(out), settings):
+    there = read_record(out)
+    if differ := differences(there, settings):
         raise UserError(
             f"--out {out}: holds another run ({differ}); name another folder, or repeat that run's "
             "command to resume it."
@@ -140,27 +140,20 @@ def claim(out: Path, record: dict, facts: dict):
         write(out / "card.json", json.dumps(facts, indent=2) + "\n")
         for name in ("samples", "checkpoints"):  # after run.json, which says whose they are
             (out / name).mkdir(exist_ok=True)
-        delete_unfinished(out)
+        for name in ("samples", "unets"):
+            delete_unfinished(out / name)
         (out / "README.md").unlink(missing_ok=True)  # written last: it marks a finished run
     except OSError as error:
         raise not_written(out, error) from error
-
-
-def delete_unfinished(out: Path):
-    """Delete what a killed job has left unfinished beside its files, see `replacing`."""
-    for scratch in (*out.glob("*.new"), *out.glob("samples/*.new"), *out.glob("unets/*.new")):
-        if scratch.is_dir():
-            shutil.rmtree(scratch)
-        else:
-            scratch.unlink()
 
 
 # -------------------------------------------------------------------------------------------------
 # How far the run is.
 
 
-def list_result(out: Path, names: list[str], step: int):
-    """Write result.json: the size of each file of the result, which is these files and folders.
+def list_result(out: Path, names: list[str], step: int, **more):
+    """Write result.json: the size of each file of the result, which is these files and folders, and
+    what else is to be known of it.
 
     All are on the disk before README.md, which comes next, says that the run has finished."""
     sizes = {}
@@ -168,7 +161,24 @@ def list_result(out: Path, names: list[str], step: int):
         sync_all(path)
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         sizes |= {str(f.relative_to(out)): f.stat().st_size for f in files if f.is_file()}
-    write(out / RESULT, json.dumps({"step": step, "files": sizes}, indent=2) + "\n")
+    write(out / RESULT, json.dumps({"step": step, **more, "files": sizes}, indent=2) + "\n")
+
+
+def read_result(out: Path) -> dict:
+    """result.json. Raises UserError where one of the files that it lists is not whole."""
+    found = read_json(out / RESULT)
+    sizes = found.get("files")
+    if not is_step(found.get("step")) or not isinstance(sizes, dict):
+        raise UserError(f"{out / RESULT} cannot be read (it lists no files).")
+    for name, size in sizes.items():
+        try:
+            there = (out / name).stat().st_size
+        except (OSError, ValueError) as error:  # ValueError: of a name that cannot be one
+            words = getattr(error, "strerror", None) or error
+            raise UserError(f"{out / name} cannot be read ({words}).") from error
+        if there != size:
+            raise UserError(f"{out / name} has {there:,} of {size} bytes.")
+    return found
 
 
 def finished(out: Path, steps: int) -> bool:
@@ -180,17 +190,9 @@ def finished(out: Path, steps: int) -> bool:
         lines = read_metrics(out)
         return bool(lines) and lines[-1]["step"] >= steps
     try:
-        step, sizes = read_result(out)
-        if step < steps:
-            return False
-        for name, size in sizes.items():
-            if (found := (out / name).stat().st_size) != size:
-                raise UserError(f"{out / name} has {found:,} of {size:,} bytes.")
-        return True
+        return read_result(out)["step"] >= steps
     except UserError as error:
         flaw = str(error).rstrip(".")
-    except (OSError, ValueError) as error:  # ValueError: of a name that cannot be one
-        flaw = f"{out / name} cannot be read ({getattr(error, 'strerror', None) or error})"
     if at := resumes_at(out):
         warn_once(f"{flaw}; the result is written again from the checkpoint of step {at}.")
         return False
@@ -198,15 +200,6 @@ def finished(out: Path, steps: int) -> bool:
         f"--out {out}: {flaw}, and there is no checkpoint to write the result again from; put back "
         f"a copy, or delete {out / 'README.md'} to train from the start."
     )
-
-
-def read_result(out: Path) -> tuple[int, dict[str, int]]:
-    """(step, {file: bytes}) of result.json. Raises UserError."""
-    found = read_json(out / RESULT)
-    step, sizes = found.get("step"), found.get("files")
-    if not is_step(step) or not isinstance(sizes, dict) or not all(map(is_step, sizes.values())):
-        raise UserError(f"{out / RESULT} cannot be read (it lists no files).")
-    return step, sizes
 
 
 def resumes_at(out: Path) -> int:

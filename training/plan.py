@@ -20,7 +20,7 @@ import toy
 from evaluation import scorers
 from system.files import ROOT, UserError
 from system.hub import architecture, one_sentence, read_config
-from system.workers import check_shared_memory
+from system.workers import check_open_files, check_shared_memory
 from training import budget, folder, lora, preview
 from training.flags import check_flags
 
@@ -165,6 +165,7 @@ def check(args: argparse.Namespace) -> Plan:
         raise UserError(f"--resolution {resolution}: must be a multiple of the VAE's {factor}.")
     batch = args.micro_batch * 2 * 3 * 4 * resolution**2  # bytes: two images, three bands, fp32
     check_shared_memory(args.workers, batch, loaders=ranks_here())
+    check_open_files(args.workers)
     if args.lora:
         lora.check(args.lora, args.lora_start, args.model, architecture(args.model), unet)
     pairs = read_pairs(args)
@@ -242,7 +243,14 @@ def accumulate(args: argparse.Namespace, world: int) -> int:
 
 def read_pairs(args: argparse.Namespace):
     if args.data == "toy":
-        return data.read_pairs(str(toy.write_pairs_once("out/toy", n=2048)))
+        try:
+            return data.read_pairs(str(toy.write_pairs_once("out/toy", n=2048)))
+        except OSError as error:
+            raise UserError(
+                f"--data toy: its pairs cannot be drawn into {Path('out/toy').absolute()} "
+                f"({error.strerror}): start in another folder, or draw them yourself (python "
+                f"{ROOT / 'toy.py'} pairs --out FOLDER) and give --data FOLDER/pairs.parquet."
+            ) from error
     return data.read_pairs(args.data, args.split, args.dry_run, args.partial_data)
 
 

@@ -39,6 +39,7 @@ from system.processes import (
     share,
     shares_folder,
 )
+from system.text import printable
 from training import budget, card, folder, lora
 from training.broken import BrokenPairs
 from training.guard import NonFiniteSteps, Watch
@@ -142,7 +143,7 @@ class Run:
 
     def print_above_bar(self, line: str):
         """Rank 0."""
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(printable(line), file=sys.stderr)
 
     # ----- pictures and models during training
 
