@@ -107,7 +107,10 @@ def test_the_export_of_the_last_checkpoint_is_what_the_run_wrote(
     out = write(tmp_path, runs / name)
     assert "Warning" not in capsys.readouterr().err
     for file in [path.relative_to(out) for path in out.rglob("*") if path.is_file()]:
-        if file.name == hub.LORA:
+        if file.name == "result.json":  # it lists cost.json and curves.png of a run, too
+            there, ours = (json.loads((f / file).read_text())["files"] for f in (runs / name, out))
+            assert ours.items() <= there.items()
+        elif file.name == hub.LORA:
             assert described(out / file) == described(runs / name / file)
             assert same(load_file(out / file), load_file(runs / name / file))
         else:
@@ -116,7 +119,7 @@ def test_the_export_of_the_last_checkpoint_is_what_the_run_wrote(
     if name == "full":
         parts = {"model_index.json", "unet", "vae", "text_encoder", "text_encoder_2", "scheduler"}
         parts |= {"tokenizer", "tokenizer_2"}
-    assert {path.name for path in out.iterdir()} == parts | {"README.md"}
+    assert {path.name for path in out.iterdir()} == parts | {"README.md", "result.json"}
     for part in parts & {"vae", "text_encoder", "text_encoder_2"}:  # never trained
         assert same(tensors(out / part), tensors(checkpoint() / part))
 

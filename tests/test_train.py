@@ -436,7 +436,7 @@ def mistakes(tmp_path, argv, ds_config, checkpoint):
         "steps that do not divide": ({"inversion_steps": 7}, ["--inversion-steps 7", "1000"]),
         "no inversion steps": ({"inversion_steps": 0}, ["--inversion-steps 0"]),
         "negative beta": ({"beta": -1}, ["--beta -1"]),
-        "beta that is no number": ({"beta": "nan"}, ["--beta nan"]),
+        "beta that is no number": ({"beta": "nan"}, ["--beta", "'nan' is not a finite"]),
         "eta above 1": ({"eta": 1.5}, ["--eta 1.5"]),
         "odd resolution": ({"resolution": 15}, ["--resolution 15", "2"]),
         "folder of something else": ({"out": tmp_path / "full"}, ["full", "empty folder"]),
