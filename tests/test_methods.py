@@ -452,7 +452,7 @@ def test_flops_are_those_of_the_resolution_that_was_trained(argv, checkpoint, mo
 
 def test_time_is_that_of_the_steps_alone(argv, tmp_path, monkeypatch):
     now = [0.0]  # a clock that only UNet calls, pictures, exports and checkpoints move
-    monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def takes(seconds, where, name):
         true = getattr(where, name)
