@@ -8,9 +8,9 @@ highest training seed, a range that another seed often exceeds."""
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from evaluation import figures, tables, winrate
+from evaluation.gallery import open_image
 
 # -------------------------------------------------------------------------------------------------
 # Judgements as arrays.
@@ -231,5 +231,5 @@ def panels(results: Results, variants: list[str], axes: list[tuple[str, str]]) -
 def samples(folders: dict[str, Path], prompts: list[str], path: Path, rows: int = 6):
     """A picture whose rows are prompts, evenly spaced, and whose columns are models."""
     chosen = [round(k) for k in np.linspace(0, len(prompts) - 1, rows)]
-    pixels = [[Image.open(folder / f"{k:05d}.png") for folder in folders.values()] for k in chosen]
+    pixels = [[open_image(folder / f"{k:05d}.png") for folder in folders.values()] for k in chosen]
     figures.grid(pixels, [prompts[k] for k in chosen], list(folders)).save(path)

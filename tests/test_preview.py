@@ -180,6 +180,15 @@ def test_a_full_disk_costs_pictures_or_scores_with_a_warning_but_nothing_older(
     assert drawn(2, [40] * 4)[1] and capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("spoil", [lambda data: data[:60], lambda data: data[:40] + bytes(40)])
+def test_a_damaged_picture_of_the_start_costs_a_warning(drawn, capsys, spoil):
+    drawn(0, [20] * 4)
+    start = drawn.out / "samples" / "start_02.png"
+    start.write_bytes(spoil(start.read_bytes()))
+    assert drawn(1, [30] * 4) == (None, False)
+    assert f"step 1 lacks pictures or scores ('{start}' cannot be read" in capsys.readouterr().err
+
+
 def test_a_failing_scorer_and_pictures_that_are_not_finite_cost_a_warning(
     drawn, monkeypatch, capsys
 ):

@@ -25,6 +25,7 @@ from PIL import Image
 import model
 import toy
 from evaluation import figures, prompts, scorers
+from evaluation.gallery import open_image
 from evaluation.published import TOY
 from system.files import (
     UserError,
@@ -102,7 +103,7 @@ class Preview:
                 with replacing(path) as scratch:
                     image.save(scratch, "PNG")
         if all(path.exists() for path in self.starts()):  # pictures may have been off at first
-            columns = {"start": [Image.open(path) for path in self.starts()], **columns}
+            columns = {"start": [open_image(path) for path in self.starts()], **columns}
         rows = [list(row) for row in zip(*columns.values(), strict=True)][:ROWS]
         picture = figures.grid(rows, self.prompts[:ROWS], list(columns))
         picture.save(self.out / "samples" / f"step_{step:06d}.png")
@@ -112,7 +113,7 @@ class Preview:
         whether it is the best so far."""
         if not self.name or not all(path.exists() for path in self.starts()):
             return None, False
-        now, start = self.score(images), self.score([Image.open(path) for path in self.starts()])
+        now, start = self.score(images), self.score([open_image(path) for path in self.starts()])
         wins = (now > start).mean() + (now == start).mean() / 2
         means = {"mean": now.mean(), "start": start.mean(), "win_rate": wins}
         line = {"step": step, "scorer": self.name, **{k: float(v) for k, v in means.items()}}
