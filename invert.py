@@ -27,6 +27,7 @@ Where this departs from InPO's poster and from its released script (train.py at 
    start is the clean image, abar = 1, shown as timestep 0.
 4. The script takes the path of the first t for the whole batch. Here each image has its own.
 5. The script solves xt for tau, with abar in fp16. Here tau is summed up on the way, in fp32.
+6. Beside the paper's path there is one of fewer calls and smaller errors, spacing "log-sigma".
 """
 
 from collections.abc import Callable
@@ -42,9 +43,8 @@ def _sigma(abar: Tensor) -> Tensor:
 def finite_sigma(abar: Tensor) -> Tensor:
     """The abar of a schedule, (T,), at least 2^-24. Raises ValueError for any outside [0, 1), since
     at abar = 1 there is no noise for tau to explain."""
-    lowest, highest = torch.stack(abar.aminmax()).tolist()
-    if not 0 <= lowest <= highest < 1:  # nor NaN
-        raise ValueError(f"abar of a schedule lies in [0, 1); got {lowest:g} to {highest:g}.")
+    if not 0 <= abar.min() <= abar.max() < 1:  # nor NaN
+        raise ValueError(f"abar of a schedule lies in [0, 1); got {abar.min()} to {abar.max()}.")
     return abar.clamp(min=2**-24)
 
 
@@ -110,11 +110,26 @@ def ddim_step(x: Tensor, eps: Tensor, abar_from: Tensor, abar_to: Tensor) -> Ten
     return _like((b / a).sqrt() * x + b.sqrt() * (_sigma(b) - _sigma(a)) * eps, x, eps)
 
 
-def grid(steps: int, T: int) -> Tensor:
-    """Right edges of equal cells of 0..T-1, (steps,) int64: 99, 199, ..., 999 for 10 of 1000."""
-    if not 1 <= steps <= T:
-        raise ValueError(f"The inversion takes 1 to {T} steps; {steps} were asked for.")
-    return torch.arange(1, steps + 1) * T // steps - 1
+def path(t: Tensor, steps: int, abar: Tensor, spacing: str) -> list[Tensor]:
+    """The timesteps at which the moves to t end, (B,) each; some moves may have length zero.
+
+    "uniform", the paper's: the right edges of `steps` equal cells of 0..T-1 (99, 199, ..., 999 for
+    10 of 1000) below t, then t. "log-sigma", ours, `steps` moves for every t: min(1, t), timesteps
+    whose sigma is nearest to levels that are even in log sigma, then t."""
+    T = len(abar)
+    if spacing == "uniform" and 1 <= steps <= T:
+        edges = torch.arange(1, steps + 1) * T // steps - 1
+        cells = int(torch.searchsorted(edges, int(t.max()))) + 1  # up to that of the largest t
+        return [t.clamp(max=edge) for edge in edges[:cells].tolist()]
+    if spacing == "log-sigma" and 2 <= steps <= T:
+        sigma, points = _sigma(abar), []
+        first = sigma[t.clamp(max=1)]
+        for share in torch.linspace(0, 1, steps).tolist()[:-1]:
+            wanted = first * (sigma[t] / first) ** share
+            above = torch.searchsorted(sigma, wanted).clamp(1, T - 1)
+            points.append(above - (wanted - sigma[above - 1] < sigma[above] - wanted).long())
+        return [*points, t]
+    raise ValueError(f"There is no '{spacing}' path of {steps} steps over {T} timesteps.")
 
 
 def randn_like(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
@@ -127,54 +142,54 @@ def randn_like(x: Tensor, generator: torch.Generator | list[torch.Generator] | N
 
 @torch.no_grad()
 def ddim_invert(
-    eps_fn: Callable[[Tensor, Tensor], Tensor],
-    x0: Tensor,
-    t: Tensor,
-    abar: Tensor,
-    steps: int = 10,
-    eta: float = 0.1,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-) -> tuple[Tensor, Tensor]:
+    eps_fn: Callable[[Tensor, Tensor], Tensor], x0: Tensor, t: Tensor, abar: Tensor,
+    steps: int = 10, eta: float = 0.1,
+    generator: torch.Generator | list[torch.Generator] | None = None, spacing: str = "uniform",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Invert clean images to timesteps t; returns xt and the noise that explains it (InPO, Step 2).
 
-    The path to a t in cell k of the grid runs over the right edges of the cells below it and ends
-    on t: k + 1 calls of eps_fn, each at the point just left. After a move from s to u, noise n is
-    injected (but none after the first, since the abar_s of the clean image is 1):
+    eps_fn is called once a move, at the point just left. The moves follow `path`: k + 1 of them for
+    a t in cell k of the uniform grid, or `steps` for every t. On the log-sigma path, from the third
+    move on, eps is taken as linear in log sigma through the last two points, of sigma r and s, and
+    integrated exactly in sigma up to u (two-step Adams-Bashforth):
+
+        xbar_u = xbar_s + (u - s) eps_s + (u log(u/s) - (u - s)) / log(s/r) (eps_s - eps_r)
+
+    After each move but the first (the clean image's abar_s is 1), noise n is injected:
 
         x_u += eta sqrt(var) n,   n ~ N(0, I),   var = (1-abar_s)/(1-abar_u) (1 - abar_u/abar_s)
 
-    tau is the average of the predicted noises, weighted by their moves in sigma, plus what was
-    injected: xt = sqrt(abar_t) (x0 + sigma_t tau). It is the training target of Step 3.
+    tau is all that was added to xbar, over sigma_t, so that xt = sqrt(abar_t) (x0 + sigma_t tau).
+    It is the training target of Step 3.
 
     x0: clean, (B, C, H, W). t: (B,) int64 in 0..T-1, each its own. abar: (T,). eps_fn(x, t): x as
-    x0 in fp32, t as t -> eps, any dtype. steps: cells of the grid over all of 0..T-1. eta: 0 is the
-    deterministic inversion, 1 injects as DDPM does. generator: one, of x0's device or the CPU, or a
-    list of one per image, which draws for each what it would get alone. Returns xt, tau, as x0.
-    Raises ValueError for steps outside 1..T, t outside 0..T-1, abar outside [0, 1), a list of
-    another length than B.
+    x0 in fp32, t as t -> eps, any dtype. eta: 0 is the deterministic inversion, 1 injects as DDPM
+    does. generator: one, of x0's device or the CPU, or a list of one per image, which draws for
+    each what it would get alone. Returns xt, tau, as x0. Raises ValueError for t, abar, steps or
+    spacing out of range, and for a list of another length than B.
     Limit: where eps_fn always returns the same eps and eta is 0, tau = eps."""
     if isinstance(generator, list) and len(generator) != len(x0):
         raise ValueError(f"{len(x0)} images need as many generators; got {len(generator)}.")
-    edges = grid(steps, len(abar))
     lowest, highest = torch.stack(t.aminmax()).tolist()
     if lowest < 0 or highest >= len(abar):
         raise ValueError(f"t must lie in 0..{len(abar) - 1}; got {lowest} to {highest}.")
-    calls = int(torch.searchsorted(edges, highest)) + 1  # cell k: edges[k-1] < t <= edges[k]
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
     abar = finite_sigma(_per_image(abar, torch.empty(0, dtype=x0.dtype))).to(x0.device)
 
     shift = torch.zeros_like(x0)  # sigma * tau so far: xbar - x0
-    t_from, abar_from = torch.zeros_like(t), torch.ones_like(abar[t])
-    for edge in edges[:calls].tolist():
-        t_to = t.clamp(max=edge)  # an image that has arrived takes moves of length zero
-        abar_to = abar[t_to]
-        a, b = _per_image(abar_from, x0), _per_image(abar_to, x0)
+    t_from, a, before = torch.zeros_like(t), _per_image(torch.ones_like(abar[t]), x0), None
+    for t_to in path(t, steps, abar, spacing):
+        b = _per_image(abar[t_to], x0)
+        s, u = _sigma(a), _sigma(b)
         eps = eps_fn(a.sqrt() * (x0 + shift), t_from).to(x0)
-        shift = shift + (_sigma(b) - _sigma(a)) * eps
+        shift = shift + (u - s) * eps
+        if before and spacing == "log-sigma":
+            eps_r, r = before  # r = 0, the clean image: no weight, as after a move of length zero
+            weight = (u * (u / s).log() - (u - s)) / (s / r).log()
+            shift = shift + weight.where(s > r, 0) * (eps - eps_r)
         if eta > 0:
             var = (1 - a) / (1 - b) * (1 - b / a)
             shift = shift + eta * (var / b).sqrt() * randn_like(x0, generator)  # in units of xbar
-        t_from, abar_from = t_to, abar_to
+        t_from, a, before = t_to, b, (eps, s)
     torch.clear_autocast_cache()  # or the caller gets the weights that were cast without gradients
-    abar_t = _per_image(abar[t], x0)
-    return abar_t.sqrt() * (x0 + shift), shift / _sigma(abar_t)
+    return a.sqrt() * (x0 + shift), shift / _sigma(a)

@@ -55,14 +55,9 @@ dpo_loss = inpo_loss  # the same function, of latents with forward noise instead
 
 
 def kto_loss(
-    err: Tensor,
-    err_ref: Tensor,
-    beta: float,
-    liked: Tensor | None = None,
-    kl: Tensor | float | None = None,
-    weight_liked: float = 1.0,
-    weight_disliked: float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    err: Tensor, err_ref: Tensor, beta: float, liked: Tensor | None = None,
+    kl: Tensor | float | None = None, weight_liked: float = 1.0, weight_disliked: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Diffusion-KTO with the sigmoid utility, as released (2404.04465).
 
     g    = err_ref - err                 by how much the policy explains the image better

@@ -19,7 +19,8 @@ Where the job departs from the released scripts, and why:
 
 1. All pairs of a micro-step, on all ranks, have a timestep in the same cell of the inversion's
    grid, so that all take the same number of UNet calls. Cells are visited in random permutations:
-   the marginal of t stays uniform. Forward noise needs no cells: there each pair's t is uniform.
+   the marginal of t stays uniform. Forward noise and --inversion-spacing log-sigma need no cells:
+   there each pair's t is uniform.
 2. What is random of a pair (crop, flip, dropout, noise, place of t in its cell) is a function of
    the seed and the pair's number in the run: a run resumes by index, and does not depend on the
    number of ranks as long as --micro-batch x ranks stays the same.

@@ -161,7 +161,7 @@ def rows_of(args: argparse.Namespace, policy: UNet2DConditionModel) -> list[Row]
         squared_error(eps(x0, t[k]), x0).mean().backward()
 
     forward = torch.no_grad()(lambda k: eps(x0, t[k]))
-    calls, saves = calls_per_image("inpo", cells), args.gradient_checkpointing
+    calls, saves = calls_per_image("inpo", [k + 1 for k in cells]), args.gradient_checkpointing
     all_calls = sum(calls.values())
     how = "checkpointing" if saves else "no checkpointing"
     return [

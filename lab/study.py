@@ -55,6 +55,7 @@ from system.lock import alone
 from training import budget
 from training.flags import parse as parse_training
 from training.folder import read_metrics
+from training.latents import count_cells, inversion_calls
 from training.recipes import recipe_of
 
 # -------------------------------------------------------------------------------------------------
@@ -154,8 +155,8 @@ class Job:
 
     def calls_per_step(self) -> float:
         asked = parse_training("", self.commands()[0][1:])
-        cells = range(asked.inversion_steps or asked.strata)
-        return budget.unet_calls(asked.method, asked.batch, cells)
+        inverting = inversion_calls(asked, range(count_cells(asked)))
+        return budget.unet_calls(asked.method, asked.batch, inverting)
 
     def judged(self) -> tuple[int, ...]:
         return self.variant.judged if self.variant else (0,)

@@ -74,7 +74,9 @@ class ByHand:
     def errors(self, policy: dict[str, Tensor], n: int, at_once: int) -> list[tuple]:
         """(err, err_ref) of winner and loser of pair n; for SFT of the winner alone."""
         args, pair = self.args, self.pairs[n]
-        t = draw_timesteps(args.seed, [n], at_once, args.inversion_steps or args.strata, 1000)
+        free = args.inversion_spacing == "log-sigma"
+        cells = 1 if free else args.inversion_steps or args.strata
+        t = draw_timesteps(args.seed, [n], at_once, cells, 1000)
         text, _, pooled, _ = self.pipe.encode_prompt(
             pair["caption"], do_classifier_free_guidance=False
         )
@@ -106,12 +108,23 @@ class ByHand:
         return errors
 
     def inverted(self, predict, weights: dict[str, Tensor], x0, t) -> tuple[Tensor, Tensor]:
-        xbar, level, shown = x0, torch.zeros(1), torch.zeros_like(t)
-        width = 1000 // self.args.inversion_steps
-        for to in [*range(width - 1, int(t), width), int(t)]:
+        xbar, level, shown, moves = x0, torch.zeros(1), torch.zeros_like(t), []
+        width, free = 1000 // self.args.inversion_steps, self.args.inversion_spacing == "log-sigma"
+        path = [*range(width - 1, int(t), width), int(t)]
+        if free:  # even in log sigma from t = 1 on, on the nearest timesteps
+            ends = self.sigma[min(1, int(t))].log(), self.sigma[t][0].log()
+            levels = torch.linspace(*ends, self.args.inversion_steps).exp()
+            path = [int((self.sigma - one).abs().argmin()) for one in levels[:-1]] + [int(t)]
+        for to in path:
             move = predict(weights, xbar / (1 + level**2).sqrt(), shown)
-            xbar = xbar + (self.sigma[to] - level) * move
-            level, shown = self.sigma[to], torch.tensor([to])
+            end = self.sigma[to]
+            xbar = xbar + (end - level) * move
+            if free and len(moves) > 1 and level > moves[-1][0]:
+                # eps = move + slope log(s / level), integrated over s from level to end
+                slope = (move - moves[-1][1]) / (level / moves[-1][0]).log()
+                xbar = xbar + slope * (end * (end / level).log() - end + level)
+            moves.append((level, move))
+            level, shown = end, torch.tensor([to])
         return xbar * self.abar[t].sqrt(), (xbar - x0) / self.sigma[t]
 
     def pair_losses(self, errors: list[list[tuple]]) -> list[Tensor]:

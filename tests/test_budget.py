@@ -62,8 +62,8 @@ def test_unet_calls_are_those_of_the_design():
         ("dpo", 1, False, 2 * (1 + 3)), ("kto", 1, True, 2 * (1 + 2)),
         ("sft", 1, False, 3), ("sft", 3, True, 3 * 2),
     ):  # fmt: skip
-        assert budget.unet_calls(method, pairs, range(10), adapters) == calls
-    assert budget.unet_calls("inpo", 1, iter([0, 0, 3])) == 2 * (2 + 4)  # of the cells drawn
+        assert budget.unet_calls(method, pairs, range(1, 11), adapters) == calls
+    assert budget.unet_calls("inpo", 1, iter([1, 1, 4])) == 2 * (2 + 4)  # of the cells drawn
 
 
 # -------------------------------------------------------------------------------------------------

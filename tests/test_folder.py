@@ -49,6 +49,17 @@ KINDS = [*DAMAGED, "a folder", "absent", "{}", '{"model": "tiny", "ds_config": "
 KINDS += ['{"model": "tiny", "ds_config": {"optimizer": 3}}', '{"model": [], "ds_config": {}}']
 
 
+def test_a_run_of_before_the_log_sigma_path_goes_on_with_its_own():
+    there = {"method": "inpo", "inversion_steps": 10}
+    assert folder.differences(there, there | {"inversion_spacing": "uniform"}) == ""
+    other = {"inversion_spacing": "log-sigma", "inversion_steps": 3}
+    assert "inversion_spacing: uniform there, log-sigma now" in folder.differences(
+        there, there | other
+    )
+    baseline = {"method": "dpo", "inversion_steps": None}
+    assert folder.differences(baseline, baseline | {"inversion_spacing": None}) == ""
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_record_is_that_of_the_newest_checkpoint_that_has_one(kind, again, capsys):
     record = json.loads((again / "run.json").read_text())

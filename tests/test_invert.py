@@ -14,7 +14,14 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 import invert
 import model
-from invert import add_noise, ddim_invert, ddim_step, grid, implied_noise, predict_x0
+from invert import (
+    add_noise,
+    ddim_invert,
+    ddim_step,
+    implied_noise,
+    path,
+    predict_x0,
+)
 from loss import squared_error
 
 torch.set_num_threads(1)
@@ -251,7 +258,7 @@ def test_inversion_lands_on_every_t_by_the_edges_of_the_cells(steps):
     model = Always(e)
     xt, _ = ddim_invert(model, x0, EVERY_T, ABAR, steps, eta=0)
 
-    assert grid(steps, 1000).tolist() == edges
+    assert [int(p) for p in path(torch.tensor([999]), steps, ABAR, "uniform")] == edges
     assert len(model.t) == steps
     for shown, s in zip(model.t, [0, *edges], strict=False):
         assert torch.equal(shown, EVERY_T.clamp(max=s))
@@ -300,7 +307,7 @@ def test_a_schedule_outside_0_to_1_is_refused_by_inversion_and_model_alike(place
 
 @pytest.mark.parametrize("steps", [-1, 0, 1001])
 def test_steps_out_of_range_raise(steps):
-    with pytest.raises(ValueError, match="1 to 1000 steps"):
+    with pytest.raises(ValueError, match="no 'uniform' path of -?[0-9]+ steps over 1000"):
         ddim_invert(curved, torch.zeros(1, 1, 1, 1), torch.tensor([5]), ABAR, steps)
 
 
@@ -384,6 +391,115 @@ def test_first_move_from_the_clean_image_injects_nothing():
     x0, t = normal(100, 1, 2, 2), torch.arange(100)
     pure, noisy = (ddim_invert(curved, x0, t, ABAR, 10, eta, gen(1)) for eta in (0, 1))
     assert torch.equal(pure[0], noisy[0]) and torch.equal(pure[1], noisy[1])
+
+
+# --------------------------------------------------------------------------------------------------
+# The log-sigma path: the same number of calls for every t.
+
+SIGMA = ((1 - ABAR) / ABAR).sqrt()
+LOG_T = torch.tensor([*range(11), 49, 349, 949, 999])
+
+
+def inverted(model, x0, t, calls, eta=0.0, generator=None, abar=ABAR):
+    return ddim_invert(model, x0, t, abar, calls, eta, generator, "log-sigma")
+
+
+@pytest.mark.parametrize("calls", [2, 3, 4, 6])
+def test_the_log_sigma_path_takes_as_many_calls_for_every_t_and_ends_on_it(calls):
+    x0, e = normal(len(LOG_T), 1, 2, 2), normal(len(LOG_T), 1, 2, 2, seed=1)
+    model = Always(e)
+    xt, tau = inverted(model, x0, LOG_T, calls)
+    assert len(model.t) == calls
+    torch.testing.assert_close(tau, e)  # also where some moves have length zero
+    torch.testing.assert_close(xt, noised(x0, e, LOG_T))
+    xt, tau = inverted(curved, x0.float(), LOG_T, calls, 0.5, gen(1), ABAR.float())
+    assert xt.isfinite().all() and tau.isfinite().all()
+    torch.testing.assert_close(xt.double(), noised(x0, tau, LOG_T), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("calls", [2, 3, 4, 6])
+def test_its_points_are_the_timesteps_nearest_to_even_levels_of_log_sigma(calls):
+    for t in LOG_T.tolist():
+        a, b = SIGMA[min(1, t)].log(), SIGMA[t].log()
+        wanted = [(a + (b - a) * j / (calls - 1)).exp() for j in range(calls - 1)]
+        nearest = [int((SIGMA - one).abs().argmin()) for one in wanted]
+        found = torch.stack(path(torch.tensor([t]), calls, ABAR, "log-sigma")).flatten().tolist()
+        assert found == [*nearest, t] and found == sorted(found)
+
+
+def test_its_moves_from_the_third_on_are_exact_where_eps_is_linear_in_log_sigma():
+    t, calls = torch.tensor([949]), 5
+    points = [int(point) for point in path(t, calls, ABAR, "log-sigma")]
+
+    def line(s):
+        return 0.7 - 0.3 * s.log()
+
+    def integral(s):
+        return 0.7 * s - 0.3 * (s * s.log() - s)
+
+    _, tau = inverted(
+        lambda x, t: column(line(SIGMA[t])) + 0 * x, torch.zeros(1, 1, 1, 1).double(), t, calls
+    )
+    s = SIGMA[points]
+    expected = s[0] * line(SIGMA[0]) + (s[1] - s[0]) * line(s[0])  # Euler's rule twice
+    expected = expected + integral(s[-1]) - integral(s[1])
+    torch.testing.assert_close(tau.flatten(), expected[None] / s[-1], rtol=1e-12, atol=0)
+
+
+def test_it_converges_at_second_order_on_gaussian_data():
+    """Data N(m, c^2): eps = sigma (xbar - m) / (c^2 + sigma^2), xbar - m grows as its root.
+
+    The first move, to t = 1, is Euler's for any number of calls: its error, below 0.003 here, is
+    what remains."""
+    m, c, t = 0.3, 0.5, torch.tensor([949])
+    x0 = m + c * normal(1, 1, 8, 8)
+
+    def model(x, t):
+        s = column(SIGMA[t])
+        return s * (x / column(ABAR[t].sqrt()) - m) / (c**2 + s**2)
+
+    tau = (x0 - m) * ((1 + SIGMA[t] ** 2 / c**2).sqrt() - 1) / SIGMA[t]
+    errors = [
+        float((inverted(model, x0, t, calls)[1] - tau).norm() / tau.norm()) for calls in (8, 16, 32)
+    ]
+    assert errors[0] / errors[2] > 10 and errors[2] < 0.01, errors
+    assert errors[0] < float((ddim_invert(model, x0, t, ABAR, 10, 0)[1] - tau).norm() / tau.norm())
+
+
+def test_a_batch_on_the_log_sigma_path_equals_one_by_one():
+    x0 = normal(7, 3, 4, 4)
+    xt, tau = inverted(curved, x0, MIXED_T, 4, 0.5, [gen(i) for i in range(7)])
+    for i in range(7):
+        one = inverted(curved, x0[i : i + 1], MIXED_T[i : i + 1], 4, 0.5, [gen(i)])
+        torch.testing.assert_close((xt[i : i + 1], tau[i : i + 1]), one, rtol=0, atol=1e-12)
+
+
+def test_the_log_sigma_path_reaches_the_end_of_zero_terminal_snr():
+    abar = DDIMScheduler(**SDXL, rescale_betas_zero_snr=True).alphas_cumprod
+    x0, t = normal(3, 3, 4, 4, dtype=torch.float32), torch.tensor([0, 998, 999])
+    xt, tau = inverted(curved, x0, t, 4, 0.1, gen(1), abar)
+    assert xt.isfinite().all() and tau.isfinite().all()
+
+
+@pytest.mark.parametrize("spacing, steps", [("uniform", 10), ("log-sigma", 3), ("log-sigma", 4)])
+def test_eta_adds_the_stated_variance_to_tau(spacing, steps):
+    t = torch.tensor([349])
+    points = [int(point) for point in path(t, steps, ABAR, spacing)]
+    a, s = ABAR[points], SIGMA[points]
+    added = (a[:-1] / a[1:]) * (s[:-1] / s[1:]) ** 2 * (s[1:] ** 2 - s[:-1] ** 2)
+    expected = float(0.1**2 * added.sum() / s[-1] ** 2)
+    x0 = torch.zeros(1, 1, 512, 512, dtype=torch.float64)
+    _, tau = ddim_invert(Always(x0), x0, t, ABAR, steps, 0.1, gen(1), spacing)
+    assert expected < 0.006  # 0.56 % at t = 349 on the paper's grid, 0.08 and 0.20 % on the others
+    assert abs(float(tau.var()) / expected - 1) < 5 * 2**0.5 / 512
+
+
+def test_the_log_sigma_path_needs_two_calls_and_a_spacing_a_name():
+    x0, t = torch.zeros(1, 1, 1, 1), torch.tensor([5])
+    with pytest.raises(ValueError, match="no 'log-sigma' path of 1 steps"):
+        inverted(curved, x0, t, 1)
+    with pytest.raises(ValueError, match="no 'cosine' path"):
+        ddim_invert(curved, x0, t, ABAR, spacing="cosine")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -52,11 +52,12 @@ def exported(out: Path, step: int) -> dict[str, torch.Tensor]:
     [
         ({"method": "inpo", "eta": 0}, 1),
         ({"method": "inpo", "eta": 0, "inverter": "reference"}, 1),
+        ({"method": "inpo", "eta": 0, "inversion_spacing": "log-sigma", "inversion_steps": 4}, 2),
         ({"method": "dpo"}, 1),
         ({"method": "kto", "strata": 10}, 2),
         ({"method": "sft", "beta": None}, 1),
     ],
-    ids=["inpo", "inpo-by-reference", "dpo", "kto-2-ranks", "sft"],
+    ids=["inpo", "inpo-by-reference", "inpo-log-sigma-2-ranks", "dpo", "kto-2-ranks", "sft"],
 )
 def test_steps_of_each_method_equal_those_written_by_hand(
     flags, ranks, argv, tmp_path, ds_config, checkpoint

@@ -70,7 +70,8 @@ def test_ablation_changes_one_thing_at_a_time():
         asked = vars(parse("", ["--model", "tiny", *variant.flags.split()]))
         differ = {key for key in recipe if asked[key] != recipe[key]} - {"out"}
         if variant.name == "random noise":
-            assert differ == {"method", "inversion_steps", "eta", "inverter", "strata"}
+            path = {"inversion_spacing", "inversion_steps", "eta", "inverter"}
+            assert differ == path | {"method", "strata"}
             assert asked["strata"] == recipe["inversion_steps"]
         else:
             assert len(differ) == (variant.name != "recipe"), variant

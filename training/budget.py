@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from training import lora
-from training.latents import stratum
+from training.latents import inversion_calls, stratum
 
 GIB = 2**30
 TOY = 10**8  # parameters of a UNet; with fewer its encoders are as small, and nobody plans memory
@@ -63,19 +63,22 @@ def lora_rank(args: Namespace) -> int | None:
 # Work.
 
 
-def calls_per_image(method: str, cells: Iterable[int], adapters: bool = False) -> dict[str, float]:
-    """UNet calls of a training step on one image, by purpose.
-
-    cells: those that the timesteps are drawn from; inverting an image to cell k takes k + 1."""
-    calls = {"to invert": 1 + fmean(cells)} if method == "inpo" else {}
+def calls_per_image(
+    method: str, inverting: Iterable[int] = (), adapters: bool = False
+) -> dict[str, float]:
+    """UNet calls of a training step on one image, by purpose. inverting: those of inversions, see
+    latents.inversion_calls; their mean counts."""
+    calls = {"to invert": fmean(inverting)} if method == "inpo" else {}
     if method != "sft":
         calls["reference"] = 1
     return calls | {"to train": 2 if adapters else 3}
 
 
-def unet_calls(method: str, pairs: int, cells: Iterable[int], adapters: bool = False) -> float:
+def unet_calls(
+    method: str, pairs: int, inverting: Iterable[int] = (), adapters: bool = False
+) -> float:
     """UNet calls of training on so many pairs."""
-    per_image = sum(calls_per_image(method, cells, adapters).values())
+    per_image = sum(calls_per_image(method, inverting, adapters).values())
     return pairs * images_per_pair(method) * per_image
 
 
@@ -98,7 +101,8 @@ def _counted_flops(config: str, tokens: int) -> float:
 def work(args: Namespace, plan, cells: Iterable[int]) -> dict:
     """What the whole run has to do, over all ranks; with each cell once, what it is expected to."""
     pairs = args.steps * args.batch
-    calls = unet_calls(args.method, pairs, cells, lora.trains_adapters(args))
+    inverting = inversion_calls(args, cells)
+    calls = unet_calls(args.method, pairs, inverting, lora.trains_adapters(args))
     flops = calls * call_flops(plan.unet_config | {"sample_size": plan.latent}, plan.tokens)
     done = {"method": args.method, "steps": args.steps, "pairs": pairs}
     return done | {"unet_calls": round(calls), "flops": flops}

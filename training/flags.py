@@ -7,7 +7,7 @@ from evaluation.published import TITLES
 from system.files import UserError
 from system.hub import check_local, check_pairs
 from system.program import Parser
-from training.recipes import METHODS, recipe_of, recipe_table
+from training.recipes import LOG_SIGMA_STEPS, METHODS, recipe_of, recipe_table
 
 
 def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -15,6 +15,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--model", default="sdxl")
     first.add_argument("--method", choices=METHODS, default="inpo")
+    first.add_argument("--inversion-spacing")
     known = first.parse_known_args(argv)[0]
 
     parser = Parser("train_inpo.py", description, epilog=recipe_table())
@@ -56,8 +57,12 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--beta", type=float,
         help="how strongly the policy is held to the reference, per mean squared error; a larger "
              "one moves less")
+    add("--inversion-spacing", choices=("uniform", "log-sigma"),
+        help="inpo: the inversion's path: the paper's, by the cells of a uniform grid, or ours, "
+             "even in log sigma, with the same number of UNet calls for every t")
     add("--inversion-steps", type=int, metavar="N",
-        help="inpo: cells of the inversion's grid over all timesteps; must divide them")
+        help="inpo: cells of the uniform grid over all timesteps, which they must divide; or UNet "
+             f"calls of the log-sigma path ({LOG_SIGMA_STEPS} if not given)")
     add("--eta", type=float,
         help="inpo: noise injected while inverting, from 0 (none) to 1 (DDPM's)")
     add("--inverter", choices=("policy", "reference"), help="inpo: the model that inverts")
@@ -114,6 +119,8 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     # fmt: on
 
     parser.set_defaults(**recipe_of(known.model, known.method))
+    if known.method == "inpo" and known.inversion_spacing == "log-sigma":
+        parser.set_defaults(inversion_steps=LOG_SIGMA_STEPS)
     args = parser.parse_args(argv)
     args.out = Path(args.out or f"out/{Path(args.model).name}-{args.method}")
     args.judge = args.judge or ("preference" if args.data == "toy" else "none")
@@ -148,6 +155,8 @@ def check_flags(args: argparse.Namespace):
         if value is not None and not low <= value <= high:
             name = flag.replace("_", "-")
             raise UserError(f"--{name} {value}: must lie between {low} and {high}.")
+    if args.inversion_spacing == "log-sigma" and args.inversion_steps < 2:
+        raise UserError("--inversion-steps 1: --inversion-spacing log-sigma takes at least 2.")
     if args.lora and args.lora_start == "continue" and args.lora_rank:
         raise UserError(
             f"--lora-rank {args.lora_rank}: {args.lora} has its own rank; leave the flag out, or "

@@ -57,6 +57,8 @@ RESULT = "result.json"
 def result_settings(settings: dict) -> dict:
     """The settings that decide the result, flat, from those of a run. Idempotent."""
     kept = {k: v for k, v in settings.items() if k not in MAY_CHANGE and k != "ds_config"}
+    if kept.get("inversion_steps"):  # runs of before had no other path
+        kept.setdefault("inversion_spacing", "uniform")
     config = settings.get("ds_config") or {}
     kept |= {f"ds_config.{key}": config[key] for key in config if key not in ENGINE}
     if optimizer := kept.get("ds_config.optimizer"):

@@ -10,6 +10,7 @@ of the pair): a run resumes by index, and does not depend on the number of ranks
 """
 
 from argparse import Namespace
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -27,11 +28,26 @@ def latents(args: Namespace, policy, frozen, x0, t, abar, noise) -> tuple[Tensor
     (B,) int64. noise: a generator per image."""
     if args.method == "inpo":
         inverter = policy if args.inverter == "policy" else frozen
-        return ddim_invert(inverter, x0, t, abar, args.inversion_steps, args.eta, noise)
+        path = args.inversion_steps, args.eta, noise, args.inversion_spacing
+        return ddim_invert(inverter, x0, t, abar, *path)
     tau = randn_like(x0, noise)
     if args.method == "dpo":
         tau = tau.chunk(2)[0].repeat(2, 1, 1, 1)
     return add_noise(x0, tau, abar[t]), tau
+
+
+def count_cells(args: Namespace) -> int:
+    """Cells of the timesteps, one for all pairs of a micro-step: those of the uniform grid, where
+    the cell decides the number of UNet calls. Elsewhere --strata, or one: each pair's t is free."""
+    if args.inversion_spacing == "uniform":
+        return args.inversion_steps
+    return args.strata or 1
+
+
+def inversion_calls(args: Namespace, cells: Iterable[int]) -> list[int]:
+    """UNet calls to invert an image to a t of each of these cells."""
+    free = args.inversion_spacing == "log-sigma"
+    return [args.inversion_steps if free else k + 1 for k in cells]
 
 
 def stratum(seed: int, micro_step: int, cells: int) -> int:

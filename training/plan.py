@@ -23,6 +23,7 @@ from system.hub import architecture, one_sentence, read_config
 from system.workers import check_open_files, check_shared_memory
 from training import budget, folder, lora, preview
 from training.flags import check_flags
+from training.latents import count_cells, inversion_calls
 
 # -------------------------------------------------------------------------------------------------
 # ds_config.json: plain DeepSpeed, completed from the flags.
@@ -146,9 +147,9 @@ def check(args: argparse.Namespace) -> Plan:
     unet = read_config(args.unet or args.model, "unet")
     vae = read_config(args.vae or args.model, "vae")
     timesteps = model.read_scheduler(args.model).config.num_train_timesteps
-    strata = args.inversion_steps or args.strata
+    strata = count_cells(args)
     if timesteps % strata:
-        flag = "--inversion-steps" if args.inversion_steps else "--strata"
+        flag = "--inversion-steps" if args.method == "inpo" else "--strata"
         raise UserError(
             f"{flag} {strata}: must divide the model's {timesteps} timesteps, so that the cells of "
             "the grid are equally likely."
@@ -261,15 +262,16 @@ def read_pairs(args: argparse.Namespace):
 def describe(args: argparse.Namespace, plan: Plan) -> str:
     """The plan in words. A UNet call is a forward of one image; a backward counts as two."""
     objective = {
-        "inpo": "InPO, beta {beta:g}, inversion on a grid of {inversion_steps} by the {inverter}, "
-        "eta {eta:g}",
+        "inpo": "InPO, beta {beta:g}, inversion by the {inverter} on a {inversion_spacing} path of "
+        "{inversion_steps}, eta {eta:g}",
         "dpo": "Diffusion-DPO, beta {beta:g}",
         "kto": "Diffusion-KTO, beta {beta:g}, {liked_share:.0%} of the weight on liked images",
         "sft": "denoising error of the winners",
     }[args.method].format(**{key: value or 0 for key, value in vars(args).items()})
     seen, rank, cells = args.steps * args.batch, budget.lora_rank(args), range(plan.strata)
     work = budget.work(args, plan, cells)
-    calls = budget.calls_per_image(args.method, cells, lora.trains_adapters(args))
+    inverting = inversion_calls(args, cells)
+    calls = budget.calls_per_image(args.method, inverting, lora.trains_adapters(args))
     takes = " + ".join(f"{count:g} {purpose}" for purpose, count in calls.items())
     taken, free = budget.disk(args, plan), budget.in_words(budget.room(args.out))
     adafactor = plan.architecture == "sdxl" and args.method != "kto"

@@ -11,6 +11,7 @@ RECIPES = {  # of InPO, flag:     SDXL         SD1.5      tiny
     "data": (PICKAPIC, PICKAPIC, "toy"),
     "caption_dropout": (0.2, 0.2, 0.2),
     "beta": (5000.0, 2000.0, 1000.0),
+    "inversion_spacing": ("uniform", "uniform", "uniform"),
     "inversion_steps": (10, 10, 10),
     "eta": (0.1, 0.1, 0.1),
     "inverter": ("policy", "policy", "policy"),
@@ -28,7 +29,7 @@ RECIPES = {  # of InPO, flag:     SDXL         SD1.5      tiny
     "guidance": (5.0, 7.5, 2.0),
 }
 NOISE = {"inversion_steps": (None,) * 3, "eta": (None,) * 3, "inverter": (None,) * 3}
-NOISE |= {"strata": (1, 1, 1)}
+NOISE |= {"strata": (1, 1, 1), "inversion_spacing": (None,) * 3}
 BASELINES = {  # what differs from InPO's
     # SalesforceAIResearch/DiffusionDPO, launchers/sdxl.sh and sd15.sh; lr 1e-8 x 2048.
     "dpo": NOISE | {
@@ -61,6 +62,7 @@ BASELINES = {  # what differs from InPO's
         "warmup": (200, 500, 10),
     },
 }  # fmt: skip
+LOG_SIGMA_STEPS = 3  # of --inversion-spacing log-sigma, where --inversion-steps is not given
 METHODS, COLUMNS = ("inpo", *BASELINES), ("sdxl", "sd15", "tiny")
 
 
