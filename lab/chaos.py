@@ -27,7 +27,8 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-from system.files import ROOT, UserError, write
+from evaluation import tables
+from system.files import ROOT, UserError, write, write_section
 from system.program import Parser, reported
 
 FLAGS = "--model tiny --steps 40 --batch 4 --micro-batch 2 --workers 2 --sample-every 20"
@@ -38,25 +39,17 @@ NAMES = "train", "export", "evaluate", "study"
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("lab.chaos", __doc__)
     add = parser.add_argument
-    add(
-        "--programs",
-        nargs="+",
-        choices=NAMES,
-        default=NAMES,
-        help="export and evaluate take what train has left in --out",
-    )
-    add(
-        "--kills",
-        type=int,
-        default=15,
-        metavar="N",
-        help="how often training is killed or stopped; the others 4 to 6 times",
-    )
+    # fmt: off
+    add("--programs", nargs="+", choices=NAMES, default=NAMES,
+        help="export and evaluate take what train has left in --out")
+    add("--kills", type=int, default=15, metavar="N",
+        help="how often training is killed or stopped; the others 4 to 6 times")
     add("--ranks", type=int, default=2, metavar="N", help="processes of the training")
     add("--seed", type=int, default=0, help="of the instants")
     add("--flags", default=FLAGS, help="of train_inpo.py")
     add("--out", type=Path, default=Path("out/chaos"), metavar="FOLDER", help="of all that is run")
-    add("--report", type=Path, metavar="FILE", help="where to write docs/reliability.md")
+    add("--report", type=Path, metavar="FILE", help="Markdown file, whose section is replaced")
+    # fmt: on
     return parser.parse_args(argv)
 
 
@@ -281,45 +274,30 @@ def chaos(args: argparse.Namespace) -> dict[str, list[dict]]:
 
 
 def report(done: dict[str, list[dict]], args: argparse.Namespace, seconds: float) -> str:
-    """docs/reliability.md."""
+    """The section of docs/reliability.md."""
     rows = [
-        f"| {name} | {one['kind']} | {one['moment']} | {', '.join(one['left'][:3])} |"
+        [name, one["kind"], one["moment"], ", ".join(one["left"][:3])]
         for name, events in done.items()
         for one in events
     ]
     during = sum(bool(one["left"]) for events in done.values() for one in events)
-    return "\n".join(
-        [
-            "# Programs that are killed again and again end with the same files",
-            "",
-            "```",
-            f"python -m lab.chaos --kills {args.kills} --ranks {args.ranks} --seed {args.seed}",
-            "```",
-            "",
-            f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), no GPU, "
-            f"{seconds:.0f} s. `train` is, on {args.ranks} ranks,",
-            "",
-            "```",
-            f"train_inpo.py {args.flags}",
-            "```",
-            "",
-            "`export` is `training.export` of its last checkpoint, `evaluate` is `evaluate.py` of "
-            "its model, and `study` is `lab.study` of one variant. Each was run undisturbed, and "
-            f"run again with kills at random instants, {len(rows)} in all, {during} of them while "
-            "something was half written; each time the same command started it again.",
-            "**All files are equal byte for byte**, but for times; nothing half written is left.",
-            "",
-            "| | signal | during | half written, as the kill left it |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-            "`.partial` is a checkpoint that was being written, `.old` one that was being removed,",
-            "`.new` any other file or folder that was being written; none is ever read, and the",
-            "next start deletes it. At SIGTERM and SIGHUP the ranks of a training agree on a step,",
-            "save it and leave. A SIGKILL costs the time since the last checkpoint: here a step,",
-            "with SDXL's recipe up to 50 (`--checkpoint-every`).",
-            "",
-        ]
+    head = ["program", "signal", "during", "half written, as the kill left it"]
+    return (
+        f"```\npython -m lab.chaos --kills {args.kills} --ranks {args.ranks} --seed {args.seed}\n"
+        f"```\n\n{date.today()}, {os.cpu_count()} cores ({platform.machine()}), no GPU, "
+        f"{seconds:.0f} s. `train` is, on {args.ranks} ranks,\n\n"
+        f"```\ntrain_inpo.py {args.flags}\n```\n\n"
+        "`export` is `training.export` of its last checkpoint, `evaluate` is `evaluate.py` of its "
+        "model, and `study` is `lab.study` of one variant. Each was run undisturbed, and run again "
+        f"with kills at random instants, {len(rows)} in all, {during} of them while something was "
+        "half written; each time the same command started it again. **All files are equal byte for "
+        "byte**, but for times; nothing half written is left.\n\n"
+        f"{tables.markdown(head, rows)}\n"
+        "`.partial` is a checkpoint that was being written, `.old` one that was being removed, "
+        "`.new` any other file or folder that was being written; none is ever read, and the next "
+        "start deletes it. At SIGTERM and SIGHUP the ranks of a training agree on a step, save it "
+        "and leave. A SIGKILL costs the time since the last checkpoint: here a step, with SDXL's "
+        "recipe up to 50 (`--checkpoint-every`).\n"
     )
 
 
@@ -330,7 +308,7 @@ def main(argv: list[str] | None = None):
     text = report(done, args, time.monotonic() - since)
     write(args.out / "kills.json", json.dumps(done, indent=1) + "\n")
     if args.report:
-        write(args.report, text)
+        write_section(args.report, "Kills", text)
     print(text)
 
 
