@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from scipy.stats import binom
+from scipy.special import bdtrc
 
 import data
 import model
@@ -219,7 +219,7 @@ def check_sample(args: argparse.Namespace, pairs: int, count: int, broken: list[
     """Raises UserError where more than --max-broken are broken: of all pairs, or surely, as less
     than one in 1,000 samples of data that have just that share would show by chance."""
     bad, limit = len(broken), args.max_broken
-    if bad > limit * count and (count == pairs or binom.sf(bad - 1, count, limit) < 0.001):
+    if bad > limit * count and (count == pairs or bdtrc(bad - 1, count, limit) < 0.001):
         raise UserError(
             f"--data {args.data}: {bad} of {count} pairs are broken, more than --max-broken "
             f"{limit:g} lets pass ({broken[0]}); mend the data, or give a larger --max-broken."
