@@ -115,6 +115,7 @@ def programs(flags: list[str], ranks: int, folder: Path) -> dict[str, Program]:
 ALL, ONE = "all processes", "one process"
 KINDS = [(signal.SIGHUP, ALL), (signal.SIGKILL, ONE), (signal.SIGTERM, ONE), (signal.SIGKILL, ALL)]
 LATE = 300  # seconds after which a process that should have ended is a failure
+GRACE = 60  # seconds after which a launcher ends the ranks beside one that has ended
 
 
 def start(program: Program, out: Path) -> list[subprocess.Popen]:
@@ -157,6 +158,16 @@ def wait(children: list[subprocess.Popen], out: Path) -> list[int]:
         raise UserError(f"a process was still there after {LATE} s; see {log}.") from error
 
 
+def end_late(children: list[subprocess.Popen]):
+    """Once one has ended, give the others some time, then end them as a launcher does: ranks may
+    wait ten minutes for one that has not come yet."""
+    end = time.monotonic() + GRACE
+    while time.monotonic() < end and any(child.poll() is None for child in children):
+        time.sleep(0.05)
+    for child in children:
+        send(signal.SIGTERM, child)
+
+
 def half_written(out: Path) -> list[str]:
     found = [path for end in ("new", "partial", "old") for path in out.rglob(f"*.{end}")]
     return sorted(re.sub(r"\.\w{8}\.new", ".new", str(path.relative_to(out))) for path in found)
@@ -193,6 +204,7 @@ def disturb(program: Program, out: Path, moment: str, kind, span: float, dice) -
         for child in children:
             send(number, child)
     event = {"kind": f"{number.name}, {whom}", "moment": moment, "left": half_written(out)}
+    end_late(children)
     wait(children, out)
     return event | {"seconds": time.monotonic() - since}
 
@@ -262,6 +274,7 @@ def storm(
 def chaos(args: argparse.Namespace) -> dict[str, list[dict]]:
     """{program: what each kill did}. Raises UserError."""
     folder, done = args.out.resolve(), {}
+    signal.signal(signal.SIGHUP, lambda *_: None)  # or what is started would ignore it after nohup
     every = programs(args.flags.split(), args.ranks, folder)
     for name in NAMES:
         if name in args.programs:
