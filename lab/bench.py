@@ -43,6 +43,7 @@ if __name__ == "__main__":
 
 import copy
 import datetime
+import os
 import platform
 import re
 import shlex
@@ -317,11 +318,24 @@ def check(args: argparse.Namespace, gpu: bool):
         raise UserError(f"--out {args.out} must be a file in a folder that exists.")
 
 
+def check_memory(model: str, parameters: int):
+    """Raises UserError where a CPU's memory is surely too small: the kernel would kill the program.
+    In fp32 policy, reference, gradients and AdamW's two moments are 20 bytes a parameter."""
+    need, there = 20 * parameters, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > there:
+        raise UserError(
+            f"--model {model}: a step on the CPU takes more than {need / 1e9:.0f} GB of memory, and "
+            f"this machine has {there / 1e9:.0f}; take a machine with a GPU, or --model tiny."
+        )
+
+
 def main(argv: list[str] | None = None) -> list[Row]:
     with reported("lab.bench"):
         args, gpu = parse(argv), torch.cuda.is_available()
         check(args, gpu)
         config = read_config(args.model)
+        if not gpu:
+            check_memory(args.model, count_parameters(config))
         torch.manual_seed(0)
         try:
             policy = build(config, "cuda" if gpu else "cpu", DTYPES[args.dtype])

@@ -113,3 +113,12 @@ def test_mistakes_are_one_sentence(argv, named, capsys):
         bench.main(argv)
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and named in error and "\n" not in error
+
+
+def test_a_model_that_a_cpu_cannot_hold_is_refused_before_it_is_built(monkeypatch, capsys):
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench.os, "sysconf", lambda name: 2**17)  # 16 GB
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["--model", "sdxl"])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "takes more than 51 GB of memory" in error and "17;" in error
