@@ -324,8 +324,8 @@ def check_memory(model: str, parameters: int):
     need, there = 20 * parameters, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > there:
         raise UserError(
-            f"--model {model}: a step on the CPU takes more than {need / 1e9:.0f} GB of memory, and "
-            f"this machine has {there / 1e9:.0f}; take a machine with a GPU, or --model tiny."
+            f"--model {model}: a step on the CPU takes more than {need / 1e9:.0f} GB of memory, "
+            f"and this machine has {there / 1e9:.0f}; take one with a GPU, or --model tiny."
         )
 
 
