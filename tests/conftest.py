@@ -17,6 +17,9 @@ from types import SimpleNamespace
 cache = tempfile.TemporaryDirectory(prefix="datasets-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # before torch; children inherit it
 os.environ |= {"HF_DATASETS_CACHE": cache.name}
+# Under nohup SIGHUP is ignored, also by what the tests start; a handler is not inherited.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 import diffusers
 import launch
