@@ -75,7 +75,8 @@ def test_accumulating_1x4_equals_4x1(argv, tmp_path, checkpoint):
     a, b = weights(tmp_path / "micro1"), weights(tmp_path / "micro4")
     assert distance(a, b) < 1e-3 * distance(a, weights(checkpoint()))
     a, b = metrics(tmp_path / "micro1"), metrics(tmp_path / "micro4")
-    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-5)
+    # A margin is beta / 2 = 250 times a difference of errors near 1, which fp32 rounds by 1e-7.
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
