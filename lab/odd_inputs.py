@@ -45,6 +45,11 @@ replaced = st.one_of(
 )
 
 
+def rarely(rare: st.SearchStrategy, usual: st.SearchStrategy, times: int) -> st.SearchStrategy:
+    """The rare one in one case of `times`; the usual one is the simpler one."""
+    return st.sampled_from([usual] * (times - 1) + [rare]).flatmap(lambda chosen: chosen)
+
+
 def spoil(file: Path, how: tuple):
     """Do to a file what `damage` or `replaced` says."""
     kind, *rest = how
@@ -135,10 +140,10 @@ def casts(column: str):
 
 tables_of_pairs = st.fixed_dictionaries(
     {
-        "rows": st.one_of(*[rows] * 9, st.just([])),
+        "rows": rarely(st.just([]), rows, 20),
         "casts": st.fixed_dictionaries({name: casts(name) for name in CASTS}),
         "group": st.integers(1, 4),
-        "damage": st.one_of(*[st.just([])] * 3, st.lists(damage, max_size=2)),
+        "damage": rarely(st.lists(damage, max_size=2), st.just([]), 3),
     }
 )
 
@@ -293,7 +298,7 @@ text_files = st.fixed_dictionaries(
             ),
             max_size=5,
         ),
-        "damage": st.one_of(st.just([]), st.lists(damage, max_size=2)),
+        "damage": rarely(st.lists(damage, max_size=2), st.just([]), 2),
     }
 )
 
@@ -324,7 +329,7 @@ manifests_of_images = st.fixed_dictionaries(
     {
         "edits": st.lists(st.tuples(st.integers(0, 200), scalars), max_size=3),
         "file": st.sampled_from(("manifest.json", "00000.png", "00001.png")),
-        "damage": st.one_of(st.just([]), st.lists(st.one_of(damage, replaced), max_size=1)),
+        "damage": rarely(st.lists(st.one_of(damage, replaced), max_size=1), st.just([]), 3),
     }
 )
 
