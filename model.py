@@ -73,8 +73,8 @@ def check_scheduler(scheduler, path: str):
         finite_sigma(scheduler.alphas_cumprod.float())
     except ValueError as error:
         raise UserError(
-            f"The scheduler of '{path}' has a schedule without noise or without meaning ({error}); "
-            "mend beta_start and beta_end in its scheduler_config.json."
+            f"The noise schedule of '{path}' cannot be used: {str(error).rstrip('.')}; mend "
+            "beta_start and beta_end in its scheduler_config.json."
         ) from error
     predicts = scheduler.config.get("prediction_type", "epsilon")
     if predicts not in ("epsilon", "v_prediction"):

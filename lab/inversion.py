@@ -23,7 +23,6 @@ TIMESTEPS = 49, 149, 349, 549, 749, 949
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("lab.inversion", __doc__)
     add = parser.add_argument
-    add("--model", default="tiny", metavar="PATH", help="the pipeline whose UNet inverts")
     add("--out", type=Path, default=Path("out/inversion.png"), metavar="FILE", help="the picture")
     add("--report", type=Path, metavar="FILE", help="Markdown file, whose section is replaced")
     return parser.parse_args(argv)
@@ -85,7 +84,7 @@ def measure(pipeline) -> list[dict]:
         fine[number] = ddim_invert(eps_fn, x0, t, abar, FINE, 0, None, "log-sigma")[1]
         bar.update()
     for name, steps in rows:
-        spacing, errors, calls = PATHS[name][0], [], []
+        spacing, errors = PATHS[name][0], []
         for number in TIMESTEPS:
             t = torch.full((PICTURES,), number)
             if name == EULER:
@@ -94,7 +93,6 @@ def measure(pipeline) -> list[dict]:
                 tau = ddim_invert(eps_fn, x0, t, abar, steps, 0, None, spacing)[1]
             off = (tau - fine[number]).flatten(1).norm(dim=1) / fine[number].flatten(1).norm(dim=1)
             errors.append(off.mean().item())
-            calls.append(len(path(t, steps, abar, spacing)))
             bar.update()
         mean = (steps + 1) / 2 if spacing == "uniform" else steps  # over all t
         found.append({"path": name, "steps": steps, "calls": mean, "errors": errors})
@@ -136,7 +134,7 @@ def picture(found: list[dict], file: Path):
 def main(argv: list[str] | None = None):
     args, since = parse(argv), time.monotonic()
     with reported("lab.inversion"):
-        found = measure(model.load_pipeline(args.model))
+        found = measure(model.load_pipeline("tiny"))
         text = report(found, time.monotonic() - since)
         picture(found, args.out)
         if args.report:
