@@ -111,7 +111,7 @@ def ddim_step(x: Tensor, eps: Tensor, abar_from: Tensor, abar_to: Tensor) -> Ten
 
 
 def path(t: Tensor, steps: int, abar: Tensor, spacing: str) -> list[Tensor]:
-    """The timesteps at which the moves to t end, (B,) each; some moves may have length zero.
+    """The timesteps where the moves to t, (B,), end, (B,) each; abar: (T,). Some have length zero.
 
     "uniform", the paper's: the right edges of `steps` equal cells of 0..T-1 (99, 199, ..., 999 for
     10 of 1000) below t, then t. "log-sigma", ours, `steps` moves for every t: min(1, t), timesteps
@@ -150,8 +150,8 @@ def ddim_invert(
 
     eps_fn is called once a move, at the point just left. The moves follow `path`: k + 1 of them for
     a t in cell k of the uniform grid, or `steps` for every t. On the log-sigma path, from the third
-    move on, eps is taken as linear in log sigma through the last two points, of sigma r and s, and
-    integrated exactly in sigma up to u (two-step Adams-Bashforth):
+    move on, eps is taken as linear in log sigma through the last two points and integrated exactly
+    in sigma (two-step Adams-Bashforth). r, s, u: the sigmas of three points in turn, and their name:
 
         xbar_u = xbar_s + (u - s) eps_s + (u log(u/s) - (u - s)) / log(s/r) (eps_s - eps_r)
 
