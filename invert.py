@@ -151,7 +151,7 @@ def ddim_invert(
     eps_fn is called once a move, at the point just left. The moves follow `path`: k + 1 of them for
     a t in cell k of the uniform grid, or `steps` for every t. On the log-sigma path, from the third
     move on, eps is taken as linear in log sigma through the last two points and integrated exactly
-    in sigma (two-step Adams-Bashforth). r, s, u: the sigmas of three points in turn and their names:
+    in sigma (two-step Adams-Bashforth). r, s, u: the sigmas, and names, of three points in turn:
 
         xbar_u = xbar_s + (u - s) eps_s + (u log(u/s) - (u - s)) / log(s/r) (eps_s - eps_r)
 
