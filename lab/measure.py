@@ -7,6 +7,8 @@ Each is compared with the model that training started from:
 
     preference      the toy's hidden preference, a number for each image; exact (toy.py)
     faithfulness    1 where colour and shape are those of the caption, else 0; exact
+    grain           mean absolute Laplacian of the pixels (0 to 1): fine texture that a judge may
+                    take for quality, be it sharp edges or static
     drift           mean squared difference of predicted noise, on held-out drawings, all timesteps
 """
 
@@ -18,6 +20,7 @@ from system.files import UserError, is_number, read_json, write
 from system.program import Parser, reported
 
 STEPS, GUIDANCE = 15, 2.0  # of sampling
+KEYS = "preference", "faithfulness", "grain"  # a number for each image
 DRAWINGS = 72  # that drift is measured on
 
 
@@ -38,6 +41,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from PIL import Image
 
 import model
 import toy
@@ -63,6 +67,13 @@ def held_out(pipeline, count: int) -> tuple[torch.Tensor, dict, torch.Tensor, to
     return xt, model.encode_prompts(pipeline, captions, toy.SIZE), t, abar
 
 
+def grain(image: Image.Image) -> float:
+    """Mean absolute Laplacian, from the four neighbours, of the pixels in 0..1."""
+    p = np.asarray(image.convert("RGB"), np.float64) / 255
+    around = p[:-2, 1:-1] + p[2:, 1:-1] + p[1:-1, :-2] + p[1:-1, 2:]
+    return float(np.abs(around - 4 * p[1:-1, 1:-1]).mean())
+
+
 @torch.no_grad()
 def judge(pipeline, unet, images: int, folder: Path) -> dict:
     """Scores of a UNet that is put into the pipeline, and its drift from the pipeline's own UNet.
@@ -81,6 +92,7 @@ def judge(pipeline, unet, images: int, folder: Path) -> dict:
     return {
         "preference": [round(toy.preference(image), 6) for image in drawn],
         "faithfulness": [toy.faithfulness(*pair) for pair in zip(drawn, texts, strict=True)],
+        "grain": [round(grain(image), 6) for image in drawn],
         "drift": (both[1] - both[0]).square().mean().item(),
     }
 
@@ -101,9 +113,9 @@ def is_whole(scores: dict, count: int) -> bool:
     """Whether this is what `judge` gives of that many images."""
     if not isinstance(scores, dict) or not is_number(scores.get("drift")):
         return False
-    rows = [scores.get(key) for key in ("preference", "faithfulness")]
+    rows = [scores.get(key) for key in KEYS]
     rows = [row for row in rows if isinstance(row, list) and len(row) == count]
-    return len(rows) == 2 and all(is_number(value) for row in rows for value in row)
+    return len(rows) == len(KEYS) and all(is_number(value) for row in rows for value in row)
 
 
 def exports(folder: Path) -> dict[str, str]:

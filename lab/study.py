@@ -3,6 +3,7 @@
     python -m lab.study table       # SFT, DPO, KTO and InPO, three seeds each      (make table)
     python -m lab.study tune        # the settings that were tried for each method  (make tune)
     python -m lab.study ablation    # what the parts of InPO do                     (make ablation)
+    python -m lab.study inversion   # paths of inversion, five seeds               (make inversion)
 
 The same command continues a study; runs that are done are kept. A variant is a line of
 train_inpo.py. In `table` and `tune` all variants take the same number of UNet calls
@@ -33,7 +34,7 @@ CORES = len(os.sched_getaffinity(0))
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("lab.study", __doc__)
     add = parser.add_argument
-    add("study", choices=("table", "tune", "ablation"), help="what is trained and compared")
+    add("study", choices=("table", "tune", "ablation", "inversion"), help="what is trained and compared")
     add("--out", type=Path, metavar="FOLDER", help="of runs and results (default: out/STUDY)")
     add("--jobs", type=int, default=CORES, metavar="N", help="runs at a time")
     args = parser.parse_args(argv)
@@ -138,7 +139,41 @@ def ablation_study() -> Study:
     return Study([Variant(n, flags, judged, group) for group, n, flags in variants], [0, 1], 4)
 
 
-STUDIES = {"table": table_study, "tune": tune_study, "ablation": ablation_study}
+def inversion_study() -> Study:
+    """Paths of inversion and their UNet calls. All are judged after 60 steps, and at equal compute:
+    where a step costs less the run goes on until it has cost as many UNet calls, 60 x 19."""
+
+    def judged(calls_a_pair):  # in steps of 16 pairs; 5 % more is as near as 60 steps come
+        last = round(60 * 19 / calls_a_pair)
+        return (30, 60, last) if last > 63 else (30, 60)
+
+    def variant(name, flags, calls, eta=""):  # calls: mean, to invert an image
+        flags = f"--inversion-spacing {flags}" + (f" --eta {eta}" if eta else "")
+        return Variant(name, flags, judged(2 * (calls + 4)), "eta 0" if eta == "0" else "eta 0.1")
+
+    def log_sigma(steps, eta=""):
+        name = f"log sigma, {steps} calls" + (f", eta {eta}" if eta else "")
+        return variant(name, f"log-sigma --inversion-steps {steps}", steps, eta)
+
+    ours = "log-sigma --inversion-steps 3"
+    variants = [
+        variant("uniform, 10 cells", "uniform --inversion-steps 10", 5.5),
+        *(log_sigma(steps) for steps in (3, 4, 2, 6)),
+        variant("uniform, 5 cells", "uniform --inversion-steps 5", 3),
+        variant("uniform, 10 cells, eta 0", "uniform --inversion-steps 10", 5.5, "0"),
+        *(log_sigma(steps, "0") for steps in (3, 4, 2, 6)),
+        variant("released", "released --inversion-steps 10", 6.4),
+        variant("log sigma, 3 calls, by the reference", f"{ours} --inverter reference", 3),
+    ]
+    return Study(variants, [10, 11, 12, 13, 14], images=8)
+
+
+STUDIES = {
+    "table": table_study,
+    "tune": tune_study,
+    "ablation": ablation_study,
+    "inversion": inversion_study,
+}
 
 # -------------------------------------------------------------------------------------------------
 # Running the variants: each in processes of its own, as many at a time as there are cores.
@@ -336,11 +371,15 @@ def write_tune(results: report.Results, jobs: list[Job], out: Path) -> str:
     return write_groups(results, jobs, out / "tune", [])
 
 
+def write_inversion(results: report.Results, jobs: list[Job], out: Path) -> str:
+    return write_groups(results, jobs, out / "inversion", ["uniform, 10 cells"])
+
+
 def write_ablation(results: report.Results, jobs: list[Job], out: Path) -> str:
     return write_groups(results, jobs, out / "ablation", ["recipe"])
 
 
-WRITERS = {"table": write_table, "tune": write_tune, "ablation": write_ablation}
+WRITERS = {"table": write_table, "tune": write_tune, "ablation": write_ablation, "inversion": write_inversion}
 
 # -------------------------------------------------------------------------------------------------
 # The command line.

@@ -57,9 +57,10 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--beta", type=float,
         help="how strongly the policy is held to the reference, per mean squared error; a larger "
              "one moves less")
-    add("--inversion-spacing", choices=("uniform", "log-sigma"),
-        help="inpo: the inversion's path: the paper's, by the cells of a uniform grid, or ours, "
-             "even in log sigma, with the same number of UNet calls for every t")
+    add("--inversion-spacing", choices=("uniform", "log-sigma", "released"),
+        help="inpo: the inversion's path: the paper's, by the cells of a uniform grid; ours, even "
+             "in log sigma, with the same number of UNet calls for every t; or the released "
+             "script's, with its faults, to compare with")
     add("--inversion-steps", type=int, metavar="N",
         help="inpo: cells of the uniform grid over all timesteps, which they must divide; or UNet "
              f"calls of the log-sigma path ({LOG_SIGMA_STEPS} if not given)")

@@ -1,6 +1,7 @@
 """Where xt and tau come from: the latent source of each method, and all that is random about it.
 
-    inpo             DDIM inversion of each image, by the policy or by the reference (invert.py)
+    inpo             DDIM inversion of each image, by the policy or by the reference: on a path of
+                     invert.py, or as the released script inverts (`released`, to compare with)
     dpo              forward noise, one noise for winner and loser
     kto, sft         forward noise, one noise for each image
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invert import add_noise, ddim_invert, randn_like
+from invert import add_noise, ddim_invert, ddim_step, implied_noise, randn_like
 
 STRATUM, TIME, NOISE = 101, 102, 103  # keep the random streams of one seed apart
 
@@ -28,26 +29,53 @@ def latents(args: Namespace, policy, frozen, x0, t, abar, noise) -> tuple[Tensor
     (B,) int64. noise: a generator per image."""
     if args.method == "inpo":
         inverter = policy if args.inverter == "policy" else frozen
-        path = args.inversion_steps, args.eta, noise, args.inversion_spacing
-        return ddim_invert(inverter, x0, t, abar, *path)
+        path = args.inversion_steps, args.eta, noise
+        if args.inversion_spacing == "released":
+            return released(inverter, x0, t, abar, *path)
+        return ddim_invert(inverter, x0, t, abar, *path, args.inversion_spacing)
     tau = randn_like(x0, noise)
     if args.method == "dpo":
         tau = tau.chunk(2)[0].repeat(2, 1, 1, 1)
     return add_noise(x0, tau, abar[t]), tau
 
 
+@torch.no_grad()
+def released(eps_fn, x0: Tensor, t: Tensor, abar: Tensor, steps: int, eta: float, noise):
+    """(xt, tau) as the released script finds them (train.py at a9cfc4d, lines 993 to 1014), with
+    its faults: it starts from abar[0], shows the model t = -99 there, and ends on the first of 1,
+    101, ..., 901 that is not below t, or on 901. tau is solved for with t's own abar nonetheless.
+
+    Arguments as of ddim_invert; but in fp32, and with a path for each image of the batch, where the
+    script has fp16 and the path of the first. t of one cell: all images make the same calls, of
+    which those behind an image's own end move nothing."""
+    width, x = len(abar) // steps, x0
+    cell_end = int(t.max()) // width * width + width - 1
+    for left in range(1 - width, min(cell_end, len(abar) - width), width):
+        a, b = abar[max(left, 0)].expand(len(t)), abar[left + width].expand(len(t))
+        moved = ddim_step(x, eps_fn(x, torch.full_like(t, left)), a, b)
+        var = (1 - a) / (1 - b) * (1 - b / a)
+        moved = moved + eta * var.sqrt().reshape(-1, 1, 1, 1) * randn_like(x0, noise)
+        x = moved.where((left < t).reshape(-1, 1, 1, 1), x)
+    return x, implied_noise(x0, x, abar[t])
+
+
 def count_cells(args: Namespace) -> int:
     """Cells of the timesteps, one for all pairs of a micro-step: those of the uniform grid, where
     the cell decides the number of UNet calls. Elsewhere --strata, or one: each pair's t is free."""
-    if args.inversion_spacing == "uniform":
+    if args.inversion_spacing in ("uniform", "released"):
         return args.inversion_steps
     return args.strata or 1
 
 
 def inversion_calls(args: Namespace, cells: Iterable[int]) -> list[int]:
     """UNet calls to invert an image to a t of each of these cells."""
-    free = args.inversion_spacing == "log-sigma"
-    return [args.inversion_steps if free else k + 1 for k in cells]
+    calls = {
+        None: lambda k: 0,  # a baseline
+        "uniform": lambda k: k + 1,
+        "log-sigma": lambda k: args.inversion_steps,
+        "released": lambda k: min(k + 2, args.inversion_steps),
+    }[args.inversion_spacing]
+    return list(map(calls, cells))
 
 
 def stratum(seed: int, micro_step: int, cells: int) -> int:
