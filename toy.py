@@ -131,7 +131,8 @@ def contrast(image: Image.Image) -> np.ndarray:
         [pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)]
     )
     border = np.concatenate([border, pixels[:, -2:].reshape(-1, 3)])
-    distance = np.abs(pixels - np.median(border, axis=0)).max(axis=-1)
+    r, g, b = np.moveaxis(np.abs(pixels - np.median(border, axis=0)), -1, 0)
+    distance = np.maximum(np.maximum(r, g), b)
     top = np.sort(distance.ravel())[-distance.size // 20 :].mean()
     return distance / max(top, 1e-3)
 

@@ -34,7 +34,8 @@ CORES = len(os.sched_getaffinity(0))
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("lab.study", __doc__)
     add = parser.add_argument
-    add("study", choices=("table", "tune", "ablation", "inversion"), help="what is trained and compared")
+    studies = "table", "tune", "ablation", "inversion"
+    add("study", choices=studies, help="what is trained and compared")
     add("--out", type=Path, metavar="FOLDER", help="of runs and results (default: out/STUDY)")
     add("--jobs", type=int, default=CORES, metavar="N", help="runs at a time")
     args = parser.parse_args(argv)
@@ -379,7 +380,12 @@ def write_ablation(results: report.Results, jobs: list[Job], out: Path) -> str:
     return write_groups(results, jobs, out / "ablation", ["recipe"])
 
 
-WRITERS = {"table": write_table, "tune": write_tune, "ablation": write_ablation, "inversion": write_inversion}
+WRITERS = {
+    "table": write_table,
+    "tune": write_tune,
+    "ablation": write_ablation,
+    "inversion": write_inversion,
+}
 
 # -------------------------------------------------------------------------------------------------
 # The command line.

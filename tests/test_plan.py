@@ -19,7 +19,7 @@ from conftest import distance, refusal
 
 import model
 import train_inpo
-from lab import bench
+from lab import architectures
 from system.files import UserError
 from training import budget, card, lora, plan
 from training.flags import parse
@@ -35,7 +35,7 @@ def published(tmp_path):
         name = {"sdxl": "StableDiffusionXLPipeline", "sd15": "StableDiffusionPipeline"}[kind]
         parts = {
             "model_index": {"_class_name": name},
-            "unet/config": bench.CONFIGS[kind],
+            "unet/config": architectures.CONFIGS[kind],
             "vae/config": {"block_out_channels": (128, 256, 512, 512)} | vae,
             "text_encoder/config": {"max_position_embeddings": 77},
             "scheduler/scheduler_config": {"num_train_timesteps": 1000},
@@ -254,7 +254,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would(
 @pytest.mark.parametrize("size", [None, [128, 128]])
 def test_a_unet_that_does_not_tell_its_size_is_refused(size, published, argv):
     file = published("sdxl") / "unet" / "config.json"
-    file.write_text(json.dumps(bench.SDXL | {"sample_size": size}))
+    file.write_text(json.dumps(architectures.SDXL | {"sample_size": size}))
     args = parse("", argv(model=file.parent.parent, resolution=1024))
     with pytest.raises(UserError, match=f"sample_size in its UNet's config.json is .*{size}"):
         plan.check(args)
