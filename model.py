@@ -291,13 +291,15 @@ def encode_images(
 ) -> Tensor:
     """x0 = scaling_factor * (z - mean) / std, with z drawn from the VAE's posterior of each image.
 
-    mean, std: of the VAE's configuration, for most VAEs 0 and 1. pixels: (B, 3, H, W) in [-1, 1].
-    generator: one per image, on any device. Returns (B, C, h, w) fp32. One image at a time, which
-    bounds the memory at 1024 px."""
+    mean, std: of the VAE's configuration, for most VAEs 0 and 1. pixels: (B, 3, H, W) uint8, which
+    become -1..1 here, in fp32 on the VAE's device. generator: one per image, on any device. Returns
+    (B, C, h, w) fp32. One image at a time, which bounds the memory at 1024 px."""
     vae = pipeline.vae
+    half = torch.tensor(127.5, device=vae.device)  # by a number a GPU multiplies, with its inverse
     latents = []
-    for i, image in enumerate(pixels.to(vae.device, vae.dtype).split(1)):
-        posterior = vae.encode(image).latent_dist
+    for i, image in enumerate(pixels.to(vae.device).split(1)):
+        image = image.float() / half - 1
+        posterior = vae.encode(image.to(vae.dtype)).latent_dist
         latents.append(posterior.sample(generator[i] if generator else None).float())
     mean, std = _moments(vae, torch.float32)
     return (torch.cat(latents) - mean) * vae.config.scaling_factor / std

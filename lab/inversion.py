@@ -63,8 +63,8 @@ def euler(eps_fn, x0: Tensor, t: Tensor, abar: Tensor, steps: int) -> Tensor:
 def drawings(pipeline) -> tuple[Tensor, list[str]]:
     """Latents of held-out drawings of all qualities, and their captions."""
     rng, captions = np.random.default_rng(7), toy.prompts("heldout")[:PICTURES]
-    pixels = np.stack([np.asarray(toy.draw(caption, rng), np.float32) for caption in captions])
-    pixels = torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2)
+    pixels = np.stack([np.asarray(toy.draw(caption, rng)) for caption in captions])
+    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     seeds = [torch.Generator().manual_seed(k) for k in range(PICTURES)]
     return model.encode_images(pipeline, pixels, seeds), captions
 

@@ -57,8 +57,8 @@ def held_out(pipeline, count: int) -> tuple[torch.Tensor, dict, torch.Tensor, to
     B = count."""
     captions = (toy.prompts("heldout") * count)[:count]
     rng, noise = np.random.default_rng(7), torch.Generator().manual_seed(7)
-    pixels = np.stack([np.asarray(toy.draw(caption, rng), np.float32) for caption in captions])
-    pixels = torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2)
+    pixels = np.stack([np.asarray(toy.draw(caption, rng)) for caption in captions])
+    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     seeds = [torch.Generator().manual_seed(k) for k in range(count)]
     x0 = model.encode_images(pipeline, pixels, seeds)
     t = (torch.arange(count) * 1000 // count)[torch.randperm(count, generator=noise)]

@@ -90,7 +90,7 @@ class ByHand:
         noises, errors, err_ref = [], [], None
         for side, generator in zip(("winner", "loser"), generators(args.seed, [n]), strict=True):
             with torch.no_grad():
-                posterior = self.pipe.vae.encode(pair[side][None]).latent_dist
+                posterior = self.pipe.vae.encode(pair[side][None] / 127.5 - 1).latent_dist
                 drawn = torch.randn(1, 4, 8, 8, generator=generator)
                 x0 = (posterior.mean + posterior.std * drawn) * self.pipe.vae.config.scaling_factor
                 noises.append(torch.randn(1, 4, 8, 8, generator=generator))

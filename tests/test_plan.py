@@ -390,12 +390,12 @@ def test_a_monitor_whose_library_is_lacking_is_refused(name, module, argv, ds_co
 
 
 def test_shared_memory_is_that_of_all_ranks_of_the_machine(argv, monkeypatch):
-    """A batch of 2 pairs of 16 px takes 12,288 bytes; a loader of 2 workers has 5."""
+    """A batch of 2 pairs of 16 px takes 3,072 bytes; a loader of 2 workers has 5."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_200_000))
     plan.check(parse("", argv(workers=2)))
     plan.check(parse("", argv(workers=0, resolution=1024)))
-    assert "need 252 MB of shared memory" in refused(argv, True, workers=2, resolution=1024)
+    assert "need 63 MB of shared memory" in refused(argv, True, workers=2, resolution=1024)
     for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # torchrun's, DeepSpeed's
-        monkeypatch.setenv(variable, "20")
+        monkeypatch.setenv(variable, "80")
         assert "and /dev/shm has 1 MB free" in refused(argv, True, workers=2)
         monkeypatch.delenv(variable)

@@ -164,7 +164,7 @@ def check(args: argparse.Namespace) -> Plan:
     resolution = args.resolution or unet["sample_size"] * factor
     if resolution < factor or resolution % factor:
         raise UserError(f"--resolution {resolution}: must be a multiple of the VAE's {factor}.")
-    batch = args.micro_batch * 2 * 3 * 4 * resolution**2  # bytes: two images, three bands, fp32
+    batch = args.micro_batch * 2 * 3 * resolution**2  # bytes: two images, three bands, uint8
     check_shared_memory(args.workers, batch, loaders=ranks_here())
     check_open_files(args.workers)
     if args.lora:
