@@ -33,7 +33,18 @@ SD15 = {  # stable-diffusion-v1-5/stable-diffusion-v1-5: 859,520,964 parameters
 MID = SD15 | {
     "sample_size": 32, "block_out_channels": (96, 192, 384, 384), "cross_attention_dim": 256,
 }  # fmt: skip
+# As many levels of the same kinds, but narrow and shallow: to try programs with.
+SDXL_SMALL = SDXL | {
+    "sample_size": 8, "block_out_channels": (32, 64, 64), "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (1, 2, 2), "cross_attention_dim": 64, "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 32,
+}  # fmt: skip
+SD15_SMALL = SD15 | {
+    "sample_size": 8, "block_out_channels": (32, 64, 64, 64), "attention_head_dim": 2,
+    "cross_attention_dim": 32,
+}  # fmt: skip
 CONFIGS = {"sdxl": SDXL, "sd15": SD15, "mid": MID}  # of UNets
+CONFIGS |= {"sdxl-small": SDXL_SMALL, "sd15-small": SD15_SMALL}
 
 VAE = {
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
@@ -48,10 +59,14 @@ BIG_G = {
     "num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu",
 }  # fmt: skip
 MID_TEXT = CLIP_L | {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
+FEW = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32, "num_hidden_layers": 2}
+FEW |= {"num_attention_heads": 2}
 ENCODERS = {  # (VAE, text encoders)
     "sdxl": (VAE, [CLIP_L, BIG_G]),
     "sd15": (VAE, [CLIP_L]),
     "mid": (VAE | {"block_out_channels": (32, 64, 128, 128)}, [MID_TEXT]),
+    "sdxl-small": (VAE | {"block_out_channels": (32,) * 4}, [CLIP_L | FEW, BIG_G | FEW]),
+    "sd15-small": (VAE | {"block_out_channels": (32,) * 4}, [CLIP_L | FEW]),
 }
 SCHEDULE = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
@@ -76,7 +91,7 @@ def build(name: str, device="cpu", dtype=torch.float32) -> diffusers.DiffusionPi
         write_tokenizer(Path(folder))
         tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=77)
     ids = {f"{key}_token_id": getattr(tokenizer, f"{key}_token_id") for key in ("bos", "eos")}
-    texts = [CLIPTextConfig(**{"vocab_size": 49408, **text}, **ids) for text in texts]
+    texts = [CLIPTextConfig(**text, **ids, vocab_size=49408) for text in texts]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -142,7 +142,7 @@ class Clock:
 
 
 def micro_step(variant: Variant, pipeline, pixels, captions: list[str], cell: int, clock: Clock):
-    """One micro-step, as train() of train_inpo.py takes it. pixels: of winners, then losers."""
+    """One micro-step, as train() of train_inpo.py takes it. pixels: uint8, winners first."""
     abar = model.alphas_cumprod(pipeline).to(pixels.device)
     noise = generators(0, range(variant.pairs))
     t = cell * TIMESTEPS // GRID + torch.randint(TIMESTEPS // GRID, (variant.pairs,))
@@ -174,7 +174,7 @@ def in_dtype(cond: dict, dtype: torch.dtype) -> dict:
 def adamw(weights: list[torch.nn.Parameter]) -> Callable[[], None]:
     """A step of AdamW on fp32 weights; those of half precision are a copy of these."""
     masters = [weight.detach().float().requires_grad_(True) for weight in weights]
-    optimizer = torch.optim.AdamW(masters, lr=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=True)
 
     @torch.no_grad()
     def step():
@@ -190,9 +190,10 @@ def variants_of(args: Namespace, name: str, unet: torch.nn.Module) -> list[Varia
     """The variants of one model, ours sharing their policy and reference."""
     gpu, ours_in = unet.device.type == "cuda", DTYPES[args.dtype]
     theirs_in = torch.float16 if gpu else torch.float32
-    theirs = copy.deepcopy(unet).float().requires_grad_(True)
-    frozen = copy.deepcopy(unet).to(theirs_in).requires_grad_(False)
-    ours = unet.to(ours_in).requires_grad_(True)
+    cast = torch.nn.Module.to  # diffusers' own warns of a case that these UNets are not
+    theirs = cast(copy.deepcopy(unet), torch.float32).requires_grad_(True)
+    frozen = cast(copy.deepcopy(unet), theirs_in).requires_grad_(False)
+    ours = cast(unet, ours_in).requires_grad_(True)
     reference = copy.deepcopy(ours).requires_grad_(False)
     if args.lora_rank:
         lora.attach(ours, args.lora_rank, args.lora_rank)
@@ -247,7 +248,7 @@ def measure(args: Namespace, name: str, device: torch.device) -> Found:
     variants = variants_of(args, name, unet)
     captions = [f"a red circle on a gray background {k}" for k in range(variants[-1].pairs)]
     shape = (2, len(captions), 3, resolution, resolution)
-    pixels = torch.randint(0, 256, shape).to(device) / 127.5 - 1
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
     with FlopCounterMode(display=False) as counter:
         model.encode_images(pipeline, pixels[:, 0])
         model.encode_prompts(pipeline, captions[:1], resolution)
@@ -377,8 +378,8 @@ def section(args: Namespace, argv: list[str], found: Found) -> str:
     for v in found.variants:
         calls = f"{sum(v.calls().values()):g}"
         if v.failed:
-            rows.append([v.name, f"{v.pairs}", calls, "out of memory"])
-            parts.append([v.name, "out of memory"])
+            rows.append([v.name, f"{v.pairs}", calls, "out of memory", "", "", ""])
+            parts.append([v.name, "out of memory", *("" for _ in PARTS)])
             continue
         row = [v.name, f"{v.pairs}", calls, of([1 / s for s in v.seconds()])]
         row.append("" if base.failed else of(found.ratios(v, base), ".2f"))
