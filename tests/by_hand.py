@@ -49,7 +49,9 @@ class ByHand:
 
         config = json.loads(Path(args.ds_config).read_text())
         eps, clipping = config["optimizer"]["params"]["eps"], config["gradient_clipping"]
-        adamw = torch.optim.AdamW(self.trained.values(), args.lr, (0.9, 0.999), eps, 0.01)
+        adamw = torch.optim.AdamW(
+            self.trained.values(), args.lr, (0.9, 0.999), eps, 0.01, fused=True
+        )
         micro, together = args.micro_batch * ranks, args.micro_batch * (kl_ranks or ranks)
         for step in range(args.steps):
             adamw.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / args.warmup)

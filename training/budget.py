@@ -241,6 +241,8 @@ def state(
     stage, bucket = zero["stage"], int(zero.get("reduce_bucket_size", BUCKET))
     offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
 
+    # torch's foreach AdamW takes the root of the second moment; the fused one needs no room.
+    root = 0 if ds_config.get("optimizer", {}).get("params", {}).get("fused") else 4
     # Bytes of a weight, of an accumulated gradient, and of one on its way to other ranks.
     size = accumulated = sent = dtype.itemsize
     if ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
@@ -259,7 +261,7 @@ def state(
         "optimizer": shard * 12,
         "buckets": 0,
         "activations": 0,
-        "step": shard * 4,  # torch's foreach AdamW takes the root of the second moment
+        "step": shard * root,
         "vae": 0,
     }
     if stage == 3:  # zero/stage3.py
@@ -270,7 +272,7 @@ def state(
         gathered = 0 if world == 1 else min(parameters + adapters, LIVE + PREFETCH)
         held["buckets"] = (bucket + filled) * sent + gathered * size
         held["vae"] = bucket * sent
-        held["step"] = 8 * min(shard, SUB_GROUP) + held["vae"]
+        held["step"] = (4 + root) * min(shard, SUB_GROUP) + held["vae"]
     elif stage == 1 and accumulated > size:  # bf16_optimizer.py: all gradients, also as they come
         held["gradients"] += trained * size
         if sent < accumulated:
