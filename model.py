@@ -326,11 +326,12 @@ def predict_noise(
     eps = sqrt(abar_t) v + sqrt(1 - abar_t) x_t   for a model whose output is v
 
     unet: the module, or an engine around it. x: (B, C, h, w). t: (B,) int64. cond: B rows, its
-    dtype is the UNet's. abar: (T,). Returns (B, C, h, w) fp32. Called with `return_dict=False` and
-    a (B,) tensor t, so that a compiled UNet keeps to one graph."""
-    out = unet(x.to(cond["encoder_hidden_states"].dtype), t, **cond, return_dict=False)[0].float()
+    dtype is the UNet's. abar: (T,), with t on any one device. Returns (B, C, h, w) fp32. Called
+    with `return_dict=False` and a (B,) tensor t, so that a compiled UNet keeps to one graph."""
+    dtype, time = cond["encoder_hidden_states"].dtype, t.to(x.device)
+    out = unet(x.to(dtype), time, **cond, return_dict=False)[0].float()
     if prediction_type == "v_prediction":
-        signal = abar[t].reshape(-1, 1, 1, 1)
+        signal = abar[t.to(abar.device)].reshape(-1, 1, 1, 1).to(x.device)
         out = signal.sqrt() * out + (1 - signal).sqrt() * x.float()
     return out
 

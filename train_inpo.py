@@ -68,7 +68,7 @@ def train(args: Namespace, plan: Plan, stop: processes.Stop):
     pipeline = lora.load_start(args, plan.dtype)
     run = open_run(args, plan, pipeline, stop)
     engine, reference = start_engine(pipeline, args, plan.ds_config)
-    abar = model.alphas_cumprod(pipeline).to(engine.device)
+    abar = model.alphas_cumprod(pipeline)  # on the CPU, as t is: no micro-step waits for the GPU
     predicts = pipeline.scheduler.config.prediction_type
     images, at_once = plan.images_per_pair, plan.world * args.micro_batch
     start = run.resume(engine)
@@ -86,7 +86,7 @@ def train(args: Namespace, plan: Plan, stop: processes.Stop):
             cond = model.encode_prompts(pipeline, batch["captions"], plan.resolution)
             cond = model.repeat(cond, images)
             t = draw_timesteps(args.seed, batch["n"], at_once, plan.strata, plan.timesteps)
-            t = t.repeat(images).to(engine.device)
+            t = t.repeat(images)
 
             # 2. Invert x0 -> xt with the policy (baselines: add noise); tau explains xt.
             policy = Denoiser(engine, cond, abar, predicts)

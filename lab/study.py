@@ -315,6 +315,7 @@ def records(study: Study, jobs: list[Job]) -> list[dict]:
 # What is written: NAME.md (tables), NAME.json (win rates), judgements.json, pictures.
 
 
+PROMPTS = toy.prompts("heldout")
 TRADE = [("drift", "preference"), ("preference", "faithfulness")]  # what is gained, and its price
 
 
@@ -338,7 +339,7 @@ def write_table(results: report.Results, jobs: list[Job], out: Path) -> str:
     axes = [("step", "wins"), ("step", "preference"), ("calls", "wins"), ("calls", "preference")]
     panels = report.panels(results, results.variants, axes + TRADE)
     figures.trajectories(panels, out / "table.png", f"The tiny model, {seeds_of(results)}")
-    report.samples(shown, toy.prompts("heldout"), out / "samples.png")
+    report.samples(shown, PROMPTS, out / "samples.png")
     parts = {
         "Wins on the hidden preference": report.wins_table(results, columns),
         f"Scores after {shortest} steps": report.scores_table(results, shortest),
@@ -373,7 +374,28 @@ def write_tune(results: report.Results, jobs: list[Job], out: Path) -> str:
 
 
 def write_inversion(results: report.Results, jobs: list[Job], out: Path) -> str:
-    return write_groups(results, jobs, out / "inversion", ["uniform, 10 cells"])
+    shown = {"base": jobs[0].folder / "images" / "step_000000"}
+    for job in jobs[1:]:
+        if job.seed == results.seeds[0]:
+            shown[job.variant.name] = job.folder / "images" / "step_000060"
+    few = [name for name in results.variants if "eta" not in name]
+    axes = [("step", "preference"), ("calls", "preference"), *TRADE, ("preference", "grain")]
+    panels = report.panels(results, few, axes)
+    title = f"Paths of inversion, {seeds_of(results)}"
+    figures.trajectories(panels, out / "inversion.png", title, columns=3)
+    report.samples({name: shown[name] for name in ["base", *few]}, PROMPTS, out / "samples.png")
+    against = [
+        [name, *(report.cell(results.wins(name, few[0], step), "rate") for step in (60, -1))]
+        for name in results.variants[1:]
+    ]
+    heads = ["", f"wins over {few[0]}, %, after 60 steps", "at equal compute"]
+    parts = {
+        "After 60 steps": report.scores_table(results, 60, grain=True),
+        "At equal compute": report.scores_table(results, grain=True),
+        "Against the paper's path": tables.markdown(heads, against),
+        "Where all have moved equally far": report.matched_table(results, results.variants),
+    }
+    return "\n".join(f"### {heading}\n\n{part}" for heading, part in parts.items())
 
 
 def write_ablation(results: report.Results, jobs: list[Job], out: Path) -> str:
@@ -402,7 +424,7 @@ def run(args: argparse.Namespace):
     jobs = jobs_of(study, args.out)
     run_all(jobs, args.jobs)
     judgements = records(study, jobs)
-    results = report.Results(judgements, toy.prompts("heldout") * study.images)
+    results = report.Results(judgements, PROMPTS * study.images)
     text, wins = WRITERS[args.study](results, jobs, args.out), report.all_wins(results)
     write(args.out / "judgements.json", json.dumps(judgements))
     write(args.out / f"{args.study}.md", text)

@@ -89,7 +89,7 @@ print("trained")
 """
 MEASURE = """
 import json, pathlib, sys
-score = {"preference": [0.5] * 18, "faithfulness": [1.0] * 18, "drift": 0.1}
+score = {"preference": [0.5] * 18, "faithfulness": [1.0] * 18, "drift": 0.1, "grain": [0.01] * 18}
 measured = {"images": 1, "steps": dict.fromkeys(sys.argv[2:], score)}
 pathlib.Path(sys.argv[1], "measured.json").write_text(json.dumps(measured))
 print("judged")
