@@ -897,12 +897,28 @@ def test_a_mean_of_the_latents_that_sd15_would_ignore_is_refused(checkpoint, cop
         assert f"'{vae or folder}' has latents_mean" in sentence and "--vae" in sentence
 
 
-def test_the_latent_of_an_image_does_not_depend_on_its_batch(loaded):
-    pipeline, pixels = loaded(), random_pixels(3)
-    together = model.encode_images(pipeline, pixels, generators(1, 2, 3))
-    for i in range(3):
-        alone = model.encode_images(pipeline, pixels[i : i + 1], generators(i + 1))
-        assert torch.equal(together[i : i + 1], alone)
+@pytest.mark.parametrize("at_once, expected", [(8, [8, 3]), (3, [3, 3, 3, 2]), (0.5, [1] * 11)])
+def test_the_latent_of_an_image_does_not_depend_on_its_batch(
+    at_once, expected, loaded, monkeypatch
+):
+    """Nor does its noise: each image has its own generator, wherever it stands."""
+    pipeline, pixels, sizes = loaded(), random_pixels(11), []
+    encode = pipeline.vae.encode
+    alone = [
+        model.encode_images(pipeline, pixels[i : i + 1], generators(i)).squeeze(0)
+        for i in range(11)
+    ]
+    monkeypatch.setattr(model, "ENCODED", int(at_once * SIZE**2))
+    monkeypatch.setattr(pipeline.vae, "encode", lambda x: sizes.append(len(x)) or encode(x))
+    together = model.encode_images(pipeline, pixels, generators(*range(11)))
+    assert sizes == expected
+    torch.testing.assert_close(together, torch.stack(alone), rtol=0, atol=1e-5)
+    if at_once < 1:
+        assert torch.equal(together, torch.stack(alone))
+
+
+def test_eight_images_of_64_px_are_encoded_at_once_and_one_from_256_px_on():
+    assert model.ENCODED // 64**2 == 8 and model.ENCODED // 256**2 == 0
 
 
 def test_latents_of_an_fp16_vae_are_fp32(checkpoint, loaded):

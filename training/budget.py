@@ -14,7 +14,7 @@ peaks: the end of a forward, the optimizer's step, or the VAE at work. Its parts
     buckets        gradients on their way to other ranks; under ZeRO-3 also the gathered weights
     activations    what the backward needs; with checkpointing also its largest block, recomputed
     step           what AdamW's step takes beyond buckets and activations, which are free by then
-    vae            what encoding an image, or decoding a sample picture, takes beyond all of these
+    vae            what encoding images, or decoding sample pictures, takes beyond all of these
     encoders       the weights of VAE and text encoders
 
 It leaves out the CUDA context, the kernels' workspaces, gradients of activations and fragments.
@@ -297,10 +297,11 @@ def encoders(architecture: str, dtype: torch.dtype, vae: torch.dtype) -> float:
 def vae_peak(vae: torch.dtype, trained: int, drawn: int, batch: int) -> float:
     """GiB that the VAE takes beside its weights, at its peak.
 
-    trained: side in pixels of the images, encoded one by one. drawn: of the sample pictures, 0 for
-    none; `batch` of them are decoded at once, or as many as model.DECODED allows."""
+    trained: side in pixels of the images of `batch` pairs. drawn: of as many sample pictures, 0 for
+    none. As many are encoded and decoded at once as model.ENCODED and model.DECODED allow."""
+    encoded = trained**2 * max(1, min(2 * batch, model.ENCODED // trained**2))
     decoded = drawn and drawn**2 * max(1, min(batch, model.DECODED // drawn**2))
-    return max(ENCODE * trained**2, DECODE * decoded) * vae.itemsize / GIB
+    return max(ENCODE * encoded, DECODE * decoded) * vae.itemsize / GIB
 
 
 def step_memory(
