@@ -174,7 +174,7 @@ def check(folder: Path):
         if ".lora_A." in key
     }
     load = diffusers.DiffusionPipeline.from_pretrained
-    merged, exact, last_bit = load(folder / "merged", torch_dtype=torch.float16), 0, 0
+    merged, exact, last_bit = load(folder / "merged", dtype=torch.float16), 0, 0
     for part, module in merged.components.items():
         if not isinstance(module, torch.nn.Module):
             continue
