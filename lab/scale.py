@@ -28,6 +28,7 @@ import datetime
 import functools
 import json
 import math
+import textwrap
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -316,16 +317,16 @@ def conclusion() -> str:
     late, calls = last.network(3, "InfiniBand"), sum(one.calls for one in last.traffic(3))
     wire = seconds(last.traffic(3), most, NETWORKS["InfiniBand"], latency=False)
     fast, slow = NETWORKS
-    return f"""\
-**ZeRO-1 sends least at every size**, once a step, and holds {held[1]} GiB of SDXL (on {least} to
-{most} GPUs): take it wherever that fits; ZeRO-2, which sends as much again in every micro-step,
-where its {held[2]} GiB fit; and ZeRO-3 ({held[3]} GiB) on the smallest cards, within a node.
-On {fast} the network takes at most {share(most, 1, fast):.0%} of SDXL's step with ZeRO-1, but
-{share(most, 3, fast):.0%} with ZeRO-3 on {most} GPUs, where {late - wire:.1f} of {late:.1f} s are
-the latency of {calls:,} collectives.
-On 100 Gbit/s {slow} it takes a quarter of the step with ZeRO-1 from {first(0.25)} GPUs and half
-from {first(0.5)}; with ZeRO-2 {share(16, 2, slow):.0%} and with ZeRO-3 {share(16, 3, slow):.0%}
-already on 16."""
+    text = f"""
+**ZeRO-1 never sends more than the others**, once a step, and holds {held[1]} GiB of SDXL (on
+{least} to {most} GPUs, without encoders): take it wherever that fits; ZeRO-2, which sends as much
+again in every micro-step, where its {held[2]} GiB fit; and ZeRO-3 ({held[3]} GiB) on the smallest
+cards, within a node. On {fast} the network takes at most {share(most, 1, fast):.0%} of SDXL's step
+with ZeRO-1, but {share(most, 3, fast):.0%} with ZeRO-3 on {most} GPUs, where {late - wire:.1f} of
+{late:.1f} s are the latency of {calls:,} collectives. On 100 Gbit/s {slow} it takes a quarter of
+the step with ZeRO-1 from {first(0.25)} GPUs and half from {first(0.5)}; with ZeRO-2
+{share(16, 2, slow):.0%} and with ZeRO-3 {share(16, 3, slow):.0%} already on 16."""
+    return textwrap.fill(" ".join(text.split()), 100)
 
 
 def section() -> str:
