@@ -44,6 +44,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -244,6 +245,7 @@ def measured(argv: list[str]) -> dict:
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
         process.kill()
+        process.wait()
         raise
     process.returncode = os.waitstatus_to_exitcode(status)
     if code := process.returncode:
@@ -403,6 +405,7 @@ def main(argv: list[str] | None = None):
             if args.part == "make":
                 return make(args.model, args.small, args.scratch / "base")
             return check(args.scratch)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what was started, too
         args.scratch = args.scratch.resolve()
         names = ["sdxl", "sd15"] if args.model == "both" else [args.model]
         place, done, checks = args.scratch / "inpo-full-size", {}, {}

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -118,7 +119,7 @@ def test_after_a_kill_what_was_finished_is_not_done_again(tmp_path, monkeypatch)
             (folder / target).mkdir()
         if target == "merged" and not killed:
             killed.append(target)
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
         return {"seconds": 61.0, "cpu": 50.0, "peak": 2e9}
 
     monkeypatch.setattr(full_size, "measured", measured)
