@@ -72,8 +72,8 @@ ETA, NOISY = 0.1, [Inversion(PAPER, 10), *(Inversion(OURS, n) for n in (3, 4))]
 # The sections. Each returns (heading, text).
 
 
-def named(path: Inversion) -> list[str]:
-    return [path.kind, f"{path.steps}", f"{path.calls():.3g}"]
+def named(one: Inversion) -> list[str]:
+    return [one.kind, f"{one.steps}", f"{one.calls():.3g}"]
 
 
 NAMED = ["path", "steps", "UNet calls, mean"]
@@ -118,9 +118,10 @@ def gradient_section(rows: list[dict], beta: float) -> tuple[str, str]:
     body = [named(r["path"]) + [cell(r["cosine"], ".3f"), cell(r["ratio"], ".2f")] for r in rows]
     text = (
         f"The gradient of InPO's loss in all parameters of the UNet, mean over {OF} pairs whose t "
-        f"is uniform, against that of a path of {paths.FINE} calls. The aligned model is the "
-        f"policy and inverts, the start is the reference; beta {beta:g}, eta 0. Mean of {GROUPS} "
-        f"groups of pairs, least and largest in brackets:\n\n{tables.markdown(head, body)}"
+        f"is uniform, against that of {paths.FINE_GRADIENT} calls of the two-step rule. The "
+        "aligned model is the policy and inverts, the start is the reference; beta "
+        f"{beta:g}, eta 0. Mean of {GROUPS} groups of pairs, least and largest in brackets:\n\n"
+        f"{tables.markdown(head, body)}"
     )
     return "The gradient of the loss", text
 
@@ -176,7 +177,7 @@ def picture(errors: list[dict], gradients: list[dict], file: Path, title: str):
     means = [row | {"tau": [np.mean(row["tau"])]} for row in errors]
     panels = [panel("Error of tau", "mean relative error of tau", means, "tau")]
     if gradients:
-        words = f"cosine with {paths.FINE} calls (faint: groups of {OF} pairs)"
+        words = f"cosine with {paths.FINE_GRADIENT} calls (faint: groups of {OF} pairs)"
         panels.append(panel("Gradient of the loss", words, gradients, "cosine"))
     figures.trajectories(panels, file, title, columns=len(panels))
 

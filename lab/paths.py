@@ -1,6 +1,6 @@
 """Inversion paths, and what is measured of them: their error, their gradient, their noise.
 
-A path is compared with a fine one, FINE moves of the two-step rule. Nowhere is there guidance, nor
+A path is compared with a fine one, many moves of the two-step rule. Nowhere is there guidance, nor
 injected noise (eta 0), but in `added_variance`, which is about that noise.
 """
 
@@ -24,7 +24,7 @@ from model import Denoiser
 from training.latents import draw_timesteps, generators, released
 
 SEED = 7
-FINE = 120  # UNet calls of a fine path
+FINE, FINE_GRADIENT = 120, 60  # UNet calls of a fine path
 TIMESTEPS = 49, 149, 349, 549, 749, 949  # whose errors are shown; their mean stands for all t
 
 # -------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def gradients(policy, reference, images: Images, beta: float, paths, pairs: int)
             found = path(some.denoiser(policy), some.x0, t, some.abar)
             return gradient(policy, reference, some, t, beta, *found).double()
 
-        fine = of(Inversion(OURS, FINE))
+        fine = of(Inversion(OURS, FINE_GRADIENT))
         for row in rows:
             grad = of(row["path"])
             row["cosine"].append((grad @ fine / grad.norm() / fine.norm()).item())

@@ -32,6 +32,7 @@ def small(monkeypatch):
     monkeypatch.setattr(paths, "TIMESTEPS", (3, 9))
     monkeypatch.setattr(inversion, "TIMESTEPS", (3, 9))
     monkeypatch.setattr(paths, "FINE", 4)
+    monkeypatch.setattr(paths, "FINE_GRADIENT", 4)
     for name, value in {"PAIRS": 2, "GROUPS": 2, "OF": 2, "REUSED": 3, "FIRSTS": (0, 1)}.items():
         monkeypatch.setattr(inversion, name, value)
 
@@ -52,9 +53,9 @@ def test_eulers_rule_is_the_two_step_rule_up_to_its_third_move():
 @pytest.mark.parametrize("one", [Inversion(PAPER, 5), Inversion(PAPER, 10), Inversion(OURS, 3)])
 def test_mean_calls_are_those_that_all_timesteps_take(one):
     taken = []
-    for t in range(1000):
+    for t in range(5, 1000, 10):
         one(lambda x, t: taken.append(t) or x, torch.ones(1, 1, 1, 1), torch.tensor([t]), ABAR)
-    assert len(taken) / 1000 == one.calls()
+    assert len(taken) / 100 == one.calls()
 
 
 def test_the_released_script_goes_to_the_first_of_1_101_and_so_on_that_is_not_below_t():
@@ -151,7 +152,7 @@ def test_a_fine_path_has_the_gradient_of_a_fine_path(tiny, small):
 def test_reuse_costs_more_where_gradients_of_a_pair_are_equal_and_less_where_independent(
     alike, expected, monkeypatch
 ):
-    pairs = 1500
+    pairs = 600
     draws = torch.randint(1000, (3, pairs), generator=torch.Generator().manual_seed(0))
     draws = draws[:1].repeat(3, 1) if alike else draws
     monkeypatch.setattr(paths, "uniform_t", lambda images, times: list(draws.repeat(1, 2)))
