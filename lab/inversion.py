@@ -17,8 +17,8 @@ from system.files import UserError, write_section
 from system.program import Parser, reported
 
 PAIRS = 6  # whose error is measured
-GROUPS, OF = 4, 16  # of pairs, whose gradients are measured
-REUSED = 64  # pairs, for several t on one path
+GROUPS, OF = 2, 16  # of pairs, whose gradients are measured
+REUSED = 48  # pairs, for several t on one path
 ALIGNED = "out/demo/aligned"
 
 
@@ -218,18 +218,20 @@ def sections(args: argparse.Namespace):
         )
         gradients = paths.gradients(*models, images, beta, GRADIENTS, OF)
         yield gradient_section(gradients, beta)
+        images = Images.read(pipeline, source, REUSED, dropout)
         yield reuse_section(paths.reuse(*models, images, beta))
     yield eta_section(images.abar.cpu())
     picture(errors, gradients, args.out, f"The model {args.model}")
 
 
 def main(argv: list[str] | None = None):
-    args, since = parse(argv), time.monotonic()
+    args, since = parse(argv), time.process_time()
     with reported("lab.inversion"):
         for heading, text in sections(args):
-            now = time.monotonic()
+            now = time.process_time()
             about = f"{date.today()}, {hardware(DEVICE)}, torch {torch.__version__}"
-            text = f"```\n{args.command}\n```\n\n{about}, {now - since:.0f} s. {text}"
+            about = f"{about}, {now - since:.0f} s of CPU time"
+            text = f"```\n{args.command}\n```\n\n{about}. {text}"
             heading, since = heading if args.model == "tiny" else f"{heading}: {args.model}", now
             print(f"\n## {heading}\n\n{text}", flush=True)
             if args.report:
