@@ -212,10 +212,8 @@ def sections(args: argparse.Namespace):
     gradients = []
     if policy is not None:
         models = policy.to(DEVICE).requires_grad_(True), unet
-        beta = recipe_of(args.model)["beta"]
-        images = Images.read(
-            pipeline, source, GROUPS * OF, recipe_of(args.model)["caption_dropout"]
-        )
+        beta, dropout = (recipe_of("tiny")[flag] for flag in ("beta", "caption_dropout"))
+        images = Images.read(pipeline, source, GROUPS * OF, dropout)
         gradients = paths.gradients(*models, images, beta, GRADIENTS, OF)
         yield gradient_section(gradients, beta)
         images = Images.read(pipeline, source, REUSED, dropout)
