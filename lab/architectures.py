@@ -60,7 +60,7 @@ BIG_G = {
 }  # fmt: skip
 MID_TEXT = CLIP_L | {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
 FEW = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32, "num_hidden_layers": 2}
-FEW |= {"num_attention_heads": 2}
+FEW |= {"num_attention_heads": 2, "vocab_size": 200}
 ENCODERS = {  # (VAE, text encoders)
     "sdxl": (VAE, [CLIP_L, BIG_G]),
     "sd15": (VAE, [CLIP_L]),
@@ -84,31 +84,44 @@ def read_config(name: str) -> dict:
     return config
 
 
-def build(name: str, device="cpu", dtype=torch.float32) -> diffusers.DiffusionPipeline:
-    """A pipeline of this name at random weights, drawn on the device in its dtype."""
-    vae, texts = ENCODERS[name]
+def sizes(name: str, side: int | None = None) -> tuple[dict, dict, list[dict]]:
+    """Configurations of UNet, VAE and text encoders; side: of the latents, in place of the usual,
+    which no weight depends on."""
+    unet, (vae, texts) = CONFIGS[name], ENCODERS[name]
+    unet = unet | {"sample_size": side or unet["sample_size"]}
+    return unet, vae | {"sample_size": 8 * unet["sample_size"]}, texts
+
+
+def modules(name: str, side: int | None = None, **tokens: int) -> dict[str, torch.nn.Module]:
+    """UNet, VAE and text encoders at random weights, by their names in a pipeline, of the default
+    device and dtype. tokens: ids of the special ones."""
+    unet, vae, texts = sizes(name, side)
+    parts = {"unet": diffusers.UNet2DConditionModel(**unet), "vae": diffusers.AutoencoderKL(**vae)}
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    for (part, kind), text in zip(kinds.items(), texts, strict=False):
+        parts[part] = kind(CLIPTextConfig(**{"vocab_size": 49408, **text, **tokens}))
+    return parts
+
+
+def build(
+    name: str, device="cpu", dtype=torch.float32, side: int | None = None
+) -> diffusers.DiffusionPipeline:
+    """A pipeline at random weights, drawn on the device in its dtype."""
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder))
         tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=77)
-    ids = {f"{key}_token_id": getattr(tokenizer, f"{key}_token_id") for key in ("bos", "eos")}
-    texts = [CLIPTextConfig(**text, **ids, vocab_size=49408) for text in texts]
+    tokens = {f"{key}_token_id": getattr(tokenizer, f"{key}_token_id") for key in ("bos", "eos")}
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            parts = {
-                "unet": diffusers.UNet2DConditionModel(**CONFIGS[name]),
-                "vae": diffusers.AutoencoderKL(**vae, sample_size=8 * CONFIGS[name]["sample_size"]),
-                "text_encoder": CLIPTextModel(texts[0]),
-            }
-            if len(texts) > 1:
-                parts["text_encoder_2"] = CLIPTextModelWithProjection(texts[1])
+            parts = modules(name, side, **tokens)
     finally:
         torch.set_default_dtype(before)
     for part in parts.values():
         part.requires_grad_(False).eval()
     parts |= {"tokenizer": tokenizer, "scheduler": diffusers.DDIMScheduler(**SCHEDULE)}
-    if len(texts) > 1:
+    if "text_encoder_2" in parts:
         parts |= {"tokenizer_2": tokenizer, "add_watermarker": False}
         return diffusers.StableDiffusionXLPipeline(**parts)
     none = {"safety_checker": None, "feature_extractor": None}

@@ -53,18 +53,13 @@ import diffusers
 import psutil
 import torch
 from safetensors import safe_open
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-)
 
 import model
 import toy
 from evaluation import tables
-from lab.bench import CONFIGS, hardware
-from lab.pretrain import write_tokenizer
+from lab import architectures
+from lab.architectures import CONFIGS
+from lab.bench import hardware
 from system import checkpoint
 from system.files import ROOT, UserError, read_json, write, write_section
 from system.lock import lock
@@ -72,87 +67,22 @@ from training import budget
 from training.budget import in_words
 from training.plan import read_ds_config
 
+SIDE = 32  # of the full models' latents: they draw and train at 256 px
+
 # -------------------------------------------------------------------------------------------------
-# The models. A UNet's sample_size is 32, so that the pipelines draw 256 px; no weight depends on
-# it.
-
-VAE = {
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 256,
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-}  # fmt: skip
-CLIP_L = {
-    "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768,
-    "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "quick_gelu",
-    "vocab_size": 49408,
-}  # fmt: skip
-BIG_G = {
-    "hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280,
-    "num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu",
-    "vocab_size": 49408,
-}  # fmt: skip
-# --small: narrower and shallower. All else, as the number of levels and their kinds, stays.
-FEW = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32, "num_hidden_layers": 2}
-FEW |= {"num_attention_heads": 2, "vocab_size": 200}
-NARROW = {
-    "sdxl": {
-        "block_out_channels": (32, 64, 64), "transformer_layers_per_block": (1, 1, 2),
-        "attention_head_dim": (1, 2, 2), "cross_attention_dim": 64, "sample_size": 8,
-        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 32,
-    },
-    "sd15": {
-        "block_out_channels": (32, 64, 64, 64), "attention_head_dim": 2, "cross_attention_dim": 32,
-        "sample_size": 8,
-    },
-}  # fmt: skip
-SCHEDULE = {
-    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
-    "clip_sample": False,
-}  # fmt: skip
+# The models.
 
 
-def sizes(name: str, small: bool) -> tuple[dict, dict, list[dict]]:
-    """The configurations of UNet, VAE and text encoders."""
-    unet, vae, texts = CONFIGS[name] | {"sample_size": 32}, VAE, [CLIP_L, BIG_G]
-    if small:
-        unet, vae = unet | NARROW[name], vae | {"block_out_channels": (32,) * 4, "sample_size": 64}
-        texts = [text | FEW for text in texts]
-    return unet, vae, texts[: 2 if name == "sdxl" else 1]
-
-
-def build(name: str, small: bool, tokenizer) -> diffusers.DiffusionPipeline:
-    """A pipeline at random weights, of the dtype that is the default."""
-    unet, vae, texts = sizes(name, small)
-    special = {f"{key}_token_id": getattr(tokenizer, f"{key}_token_id") for key in ("bos", "eos")}
-    texts = [CLIPTextConfig(**text, **special, max_position_embeddings=77) for text in texts]
-    parts = {
-        "unet": diffusers.UNet2DConditionModel(**unet),
-        "vae": diffusers.AutoencoderKL(**vae),
-        "text_encoder": CLIPTextModel(texts[0]),
-        "tokenizer": tokenizer,
-        "scheduler": diffusers.DDIMScheduler(**SCHEDULE),
-    }
-    if name == "sd15":
-        none = {"safety_checker": None, "feature_extractor": None}
-        return diffusers.StableDiffusionPipeline(**parts, **none, requires_safety_checker=False)
-    return diffusers.StableDiffusionXLPipeline(
-        **parts,
-        text_encoder_2=CLIPTextModelWithProjection(texts[1]),
-        tokenizer_2=tokenizer,
-        add_watermarker=False,
-    )
+def architecture(name: str, small: bool) -> tuple[str, int | None]:
+    """Its name in lab/architectures.py, and the side of the latents."""
+    return (f"{name}-small", None) if small else (name, SIDE)
 
 
 def make(name: str, small: bool, folder: Path):
     """Write the pipeline in fp16, in diffusers layout, and four pairs to train on."""
-    write_tokenizer(folder / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77)
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float16)
-    try:
-        pipeline = build(name, small, tokenizer)
-    finally:
-        torch.set_default_dtype(before)
+    name, side = architecture(name, small)
+    pipeline = architectures.build(name, "cpu", torch.float16, side)
     model.write_pipeline(pipeline, folder)
     toy.write_pairs(folder / "pairs.parquet", n=4)
 
@@ -286,11 +216,8 @@ OVERHEAD = (
 
 def weights(name: str, small: bool) -> int:
     """Parameters of a whole pipeline, counted on the meta device."""
-    unet, vae, texts = sizes(name, small)
     with torch.device("meta"):
-        modules = [diffusers.UNet2DConditionModel(**unet), diffusers.AutoencoderKL(**vae)]
-        for cls, text in zip((CLIPTextModel, CLIPTextModelWithProjection), texts, strict=False):
-            modules.append(cls(CLIPTextConfig(**text, max_position_embeddings=77)))
+        modules = architectures.modules(*architecture(name, small)).values()
     return sum(weight.numel() for module in modules for weight in module.parameters())
 
 

@@ -1,145 +1,240 @@
 """How near an inversion comes to a fine one, by its path and its UNet calls.
 
-    python -m lab.inversion --report docs/inversion.md
+    python -m lab.inversion --report docs/inversion.md     # the tiny model, on pairs that are drawn
+    python -m lab.inversion --model sdxl --data PAIRS      # another model
 
-The error is that of tau, the training target of InPO: the norm of its difference from a fine path's
-tau, over the latter's norm, per picture; means over held-out drawings of the tiny model. Without
-injected noise (eta 0), without guidance, as in training.
+Measured are the errors of tau and xt, where the first move should end, and what noise eta adds. For
+the tiny model also, with an aligned one as the policy, the gradient of the loss, and several t on
+one path. lab/paths.py has it all. In fp32, on a GPU if there is one.
 """
 
 import argparse
-import os
-import platform
-import time
-from datetime import date
+import shlex
+import sys
 from pathlib import Path
 
+from system.files import UserError, write_section
 from system.program import Parser, reported
 
-PICTURES, FINE = 12, 120
-TIMESTEPS = 49, 149, 349, 549, 749, 949
+PAIRS = 6  # whose error is measured
+GROUPS, OF = 2, 16  # of pairs, whose gradients are measured
+REUSED = 48  # pairs, for several t on one path
+ALIGNED = "out/demo/aligned"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("lab.inversion", __doc__)
     add = parser.add_argument
+    add("--model", default="tiny", help="sdxl, sd15, tiny, a hub id, or a folder")
+    add("--data", default="toy", metavar="PATH", help="pairs, as of train_inpo.py")
+    add("--aligned", default=ALIGNED, metavar="PATH",
+        help="aligned tiny model, or its UNet, for the gradients")  # fmt: skip
     add("--out", type=Path, default=Path("out/inversion.png"), metavar="FILE", help="the picture")
-    add("--report", type=Path, metavar="FILE", help="Markdown file, whose section is replaced")
-    return parser.parse_args(argv)
+    add("--report", type=Path, metavar="FILE", help="Markdown file, whose sections are replaced")
+    args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "-m", "lab.inversion", *(argv or sys.argv[1:])])
+    return args
 
 
 if __name__ == "__main__":
     parse()  # answers --help and wrong flags before the imports below, which take seconds
 
+import time
+from datetime import date
+
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 import model
 import toy
 from evaluation import figures, tables
-from invert import ddim_invert, ddim_step, implied_noise, path
-from model import Denoiser
-from system.files import write_section
+from lab import paths
+from lab.bench import hardware
+from lab.paths import EULER, OURS, PAPER, RELEASED, TIMESTEPS, Images, Inversion
+from training.recipes import recipe_of
 
-EULER = "log sigma, Euler's rule"
-PATHS = {  # name: (spacing, steps)
-    "uniform cells, Euler's rule (the paper's: 10)": ("uniform", (2, 5, 10, 20, 50)),
-    EULER: ("log-sigma", (2, 3, 4, 5, 6, 8)),
-    "log sigma, two steps (ours)": ("log-sigma", (2, 3, 4, 5, 6, 8, 16)),
-}
+ERRORS = [
+    *(Inversion(PAPER, n) for n in (2, 5, 10, 20, 50)),
+    Inversion(RELEASED, 10),
+    *(Inversion(EULER, n) for n in (2, 3, 4, 5, 6, 8)),
+    *(Inversion(OURS, n) for n in (2, 3, 4, 5, 6, 8, 16)),
+]
+GRADIENTS = [
+    *(Inversion(PAPER, n) for n in (5, 10)),
+    Inversion(RELEASED, 10),
+    *(Inversion(kind, n) for kind in (EULER, OURS) for n in (2, 3, 4, 5, 6)),
+]
+FIRSTS, FIRST_CALLS = (0, 1, 2, 5, 10, 20, 50), (3, 4)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ETA, NOISY = 0.1, [Inversion(PAPER, 10), *(Inversion(OURS, n) for n in (3, 4))]
 
-
-def euler(eps_fn, x0: Tensor, t: Tensor, abar: Tensor, steps: int) -> Tensor:
-    """tau by Euler's rule on the points of the log-sigma path."""
-    x, t_from, abar_from = x0, torch.zeros_like(t), torch.ones_like(abar[t])
-    for t_to in path(t, steps, abar, "log-sigma"):
-        x = ddim_step(x, eps_fn(x, t_from), abar_from, abar[t_to])
-        t_from, abar_from = t_to, abar[t_to]
-    return implied_noise(x0, x, abar[t])
-
-
-def drawings(pipeline) -> tuple[Tensor, list[str]]:
-    """Latents of held-out drawings of all qualities, and their captions."""
-    rng, captions = np.random.default_rng(7), toy.prompts("heldout")[:PICTURES]
-    pixels = np.stack([np.asarray(toy.draw(caption, rng)) for caption in captions])
-    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    seeds = [torch.Generator().manual_seed(k) for k in range(PICTURES)]
-    return model.encode_images(pipeline, pixels, seeds), captions
+# -------------------------------------------------------------------------------------------------
+# The sections. Each returns (heading, text).
 
 
-@torch.no_grad()
-def measure(pipeline) -> list[dict]:
-    """[{path, steps, calls: mean over t, errors: of tau, at TIMESTEPS}]."""
-    (x0, captions), abar = drawings(pipeline), model.alphas_cumprod(pipeline)
-    cond = model.encode_prompts(pipeline, captions, toy.SIZE)
-    eps_fn = Denoiser(pipeline.unet, cond, abar, pipeline.scheduler.config.prediction_type)
-    found = []
-    rows = [(name, steps) for name, (_, every) in PATHS.items() for steps in every]
-    bar = tqdm(total=len(TIMESTEPS) * (1 + len(rows)), desc="paths", unit="path")
-    fine = {}
-    for number in TIMESTEPS:
-        t = torch.full((PICTURES,), number)
-        fine[number] = ddim_invert(eps_fn, x0, t, abar, FINE, 0, None, "log-sigma")[1]
-        bar.update()
-    for name, steps in rows:
-        spacing, errors = PATHS[name][0], []
-        for number in TIMESTEPS:
-            t = torch.full((PICTURES,), number)
-            if name == EULER:
-                tau = euler(eps_fn, x0, t, abar, steps)
-            else:
-                tau = ddim_invert(eps_fn, x0, t, abar, steps, 0, None, spacing)[1]
-            off = (tau - fine[number]).flatten(1).norm(dim=1) / fine[number].flatten(1).norm(dim=1)
-            errors.append(off.mean().item())
-            bar.update()
-        mean = (steps + 1) / 2 if spacing == "uniform" else steps  # over all t
-        found.append({"path": name, "steps": steps, "calls": mean, "errors": errors})
-    bar.close()
-    return found
+def named(one: Inversion) -> list[str]:
+    return [one.kind, f"{one.steps}", f"{one.calls():.3g}"]
 
 
-def report(found: list[dict], seconds: float) -> str:
-    """The section of docs/inversion.md."""
-    head = ["path", "steps", "UNet calls, mean", *(f"t = {t}" for t in TIMESTEPS), "mean"]
-    rows = [
-        [one["path"], f"{one['steps']}", f"{one['calls']:g}"]
-        + [f"{error:.3f}" for error in (*one["errors"], np.mean(one["errors"]))]
-        for one in found
-    ]
-    return (
-        f"```\npython -m lab.inversion\n```\n\n{date.today()}, {os.cpu_count()} cores "
-        f"({platform.machine()}), torch {torch.__version__}, {seconds:.0f} s. Relative error of "
-        f"tau against {FINE} calls of the two-step rule, {PICTURES} held-out drawings, eta 0:\n\n"
-        f"{tables.markdown(head, rows)}"
+NAMED = ["path", "steps", "UNet calls, mean"]
+AT = [f"t = {t}" for t in TIMESTEPS]
+
+
+def errors_section(rows: list[dict], every: list[float], images: int, few: int) -> tuple[str, str]:
+    def three(values):
+        return [f"{value:.3f}" for value in values]
+
+    body = [named(row["path"]) + three([*row["tau"], np.mean(row["tau"])]) for row in rows]
+    latents = [named(row["path"]) + three([*row["xt"], np.mean(row["xt"])]) for row in rows]
+    shown = [line for line, row in zip(latents, rows, strict=True) if row["path"].steps in (3, 10)]
+    text = (
+        f"The norm of the difference of tau from that of a fine path, {paths.FINE} calls of the "
+        f"two-step rule, over the norm of the latter; mean over {images} images:\n\n"
+        f"{tables.markdown([*NAMED, *AT, 'mean'], body)}\n"
+        f"Euler's rule through every timestep, t + 1 calls, is a reference that owes nothing to "
+        f"our rule. Its tau differs from the fine path's by {', '.join(three(every))} at these t "
+        f"({few} of the images).\n\n"
+        "The error of what the path adds to the image, xt - sqrt(abar) x0, is the same number, "
+        "since that is sqrt(1 - abar) tau. That of xt itself, over the norm of xt, is small where "
+        f"t is:\n\n{tables.markdown([*NAMED, *AT, 'mean'], shown)}"
     )
+    return "Error of tau and xt", text
 
 
-def picture(found: list[dict], file: Path):
-    names = list(PATHS)
-    lines = {n: [one for one in found if one["path"] == n] for n in names}
-    panel = {
-        "title": "error of tau",
-        "x": "UNet calls to invert an image, mean over t",
-        "y": "mean relative error of tau",
-        "lines": {
-            name: [([one["calls"] for one in ones], [np.mean(one["errors"]) for one in ones])]
-            for name, ones in lines.items()
-        },
-    }
-    figures.trajectories([panel], file, "The tiny model", columns=1)
+def first_section(rows: list[dict]) -> tuple[str, str]:
+    head = ["the first move ends on t =", *(f"{n} calls" for n in FIRST_CALLS)]
+    body = [[f"{row['first']}", *(f"{row[n]:.4f}" for n in FIRST_CALLS)] for row in rows]
+    text = (
+        f"Error of tau of the two-step rule, mean over the same t:\n\n{tables.markdown(head, body)}"
+    )
+    return "Where the first move ends", text
+
+
+def gradient_section(rows: list[dict], beta: float) -> tuple[str, str]:
+    def cell(values, form):
+        return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+    head = [*NAMED, "cosine", "ratio of norms"]
+    body = [named(r["path"]) + [cell(r["cosine"], ".3f"), cell(r["ratio"], ".2f")] for r in rows]
+    text = (
+        f"The gradient of InPO's loss in all parameters of the UNet, mean over {OF} pairs whose t "
+        f"is uniform, against that of {paths.FINE_GRADIENT} calls of the two-step rule. The "
+        "aligned model is the policy and inverts, the start is the reference; beta "
+        f"{beta:g}, eta 0. Mean of {GROUPS} groups of pairs, least and largest in brackets:\n\n"
+        f"{tables.markdown(head, body)}"
+    )
+    return "The gradient of the loss", text
+
+
+def reuse_section(rows: list[dict]) -> tuple[str, str]:
+    head = ["t on one path", "UNet calls an image", "variance x calls, against one t a path"]
+    body = [[f"{row['t']}", f"{row['calls']}"] for row in rows]
+    for line, row in zip(body, rows, strict=True):
+        line.append(f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]")
+    text = (
+        "A path to the largest of several t passes through the others, and each point can be "
+        "trained on. That saves calls, but the gradients of one pair at several t are alike. "
+        "Compared is the variance of the gradient of a pair (trace of its covariance) times its "
+        "UNet calls, with one t on a path of 3 calls, 7 in all; less than 1 would be a gain. t "
+        f"are independent, the path goes to 1, then to each t in order; {REUSED} pairs, 95 % "
+        f"bootstrap intervals, policy and reference as above:\n\n{tables.markdown(head, body)}"
+    )
+    return "Several t on one path", text
+
+
+def eta_section(abar) -> tuple[str, str]:
+    body = []
+    for path in NOISY:
+        cells = []
+        for t in TIMESTEPS:
+            computed = 100 * paths.added_variance(path, t, abar, ETA)
+            drawn = 100 * paths.simulated_variance(path, t, abar, ETA)
+            cells.append(f"{computed:.3f} ({drawn:.3f})")
+        body.append(named(path) + cells)
+    text = (
+        f"The variance that --eta {ETA} adds to tau, in % of the 1 that tau of true noise has, if "
+        "eps does not answer to it: by formula (and simulated with a constant eps, 2^18 draws):"
+        f"\n\n{tables.markdown([*NAMED, *AT], body)}"
+    )
+    return "The noise that eta adds", text
+
+
+# -------------------------------------------------------------------------------------------------
+# The program.
+
+
+def picture(errors: list[dict], gradients: list[dict], file: Path, title: str):
+    def panel(title, y, rows, key):
+        lines = {}
+        for row in rows:
+            lines.setdefault(row["path"].kind, []).append((row["path"].calls(), row[key]))
+        calls = {kind: [x for x, _ in points] for kind, points in lines.items()}
+        runs = {kind: zip(*(y for _, y in points), strict=True) for kind, points in lines.items()}
+        runs = {kind: [(calls[kind], list(run)) for run in every] for kind, every in runs.items()}
+        x = "UNet calls to invert an image, mean over t"
+        return {"title": title, "x": x, "y": y, "lines": runs}
+
+    means = [row | {"tau": [np.mean(row["tau"])]} for row in errors]
+    panels = [panel("Error of tau", "mean relative error of tau", means, "tau")]
+    if gradients:
+        words = f"cosine with {paths.FINE_GRADIENT} calls (faint: groups of {OF} pairs)"
+        panels.append(panel("Gradient of the loss", words, gradients, "cosine"))
+    figures.trajectories(panels, file, title, columns=len(panels))
+
+
+def load_policy(args: argparse.Namespace):
+    """The aligned UNet, or None where gradients are not measured. Raises UserError."""
+    if args.model != "tiny":
+        return None
+    if args.aligned == ALIGNED and not Path(ALIGNED).exists():
+        raise UserError(
+            f"There is no aligned model in {ALIGNED}; name one with --aligned, or make it in two "
+            f"minutes: python train_inpo.py --model tiny --out {ALIGNED} --sample-every 0."
+        )
+    return model.load_unet(args.aligned)
+
+
+def sections(args: argparse.Namespace):
+    """Measure; yields (heading, text) as they come. Draws the picture at the end."""
+    policy, pipeline = load_policy(args), model.load_pipeline(args.model)
+    if len(model.alphas_cumprod(pipeline)) != 1000:
+        raise UserError(f"--model {args.model}: its schedule does not have 1000 timesteps.")
+    source, pipeline = args.data, pipeline.to(DEVICE)
+    if source == "toy":
+        source = str(toy.write_pairs_once("out/toy", 128, paths.SEED))
+    unet, images = pipeline.unet, Images.read(pipeline, source, PAIRS)
+
+    fine = paths.fine_results(unet, images)
+    errors, few = paths.errors(unet, images, fine, ERRORS), images[torch.arange(4)]
+    every = paths.through_every_timestep(unet, few, fine)
+    yield errors_section(errors, every, len(images), len(few))
+    yield first_section(paths.first_points(unet, images, fine, FIRSTS, FIRST_CALLS))
+    gradients = []
+    if policy is not None:
+        models = policy.to(DEVICE).requires_grad_(True), unet
+        beta, dropout = (recipe_of("tiny")[flag] for flag in ("beta", "caption_dropout"))
+        images = Images.read(pipeline, source, GROUPS * OF, dropout)
+        gradients = paths.gradients(*models, images, beta, GRADIENTS, OF)
+        yield gradient_section(gradients, beta)
+        images = Images.read(pipeline, source, REUSED, dropout)
+        yield reuse_section(paths.reuse(*models, images, beta))
+    yield eta_section(images.abar.cpu())
+    picture(errors, gradients, args.out, f"The model {args.model}")
 
 
 def main(argv: list[str] | None = None):
-    args, since = parse(argv), time.monotonic()
+    args, since = parse(argv), time.process_time()
     with reported("lab.inversion"):
-        found = measure(model.load_pipeline("tiny"))
-        text = report(found, time.monotonic() - since)
-        picture(found, args.out)
-        if args.report:
-            write_section(args.report, "Error of tau, by path and calls", text)
-        print(f"\n{text}\nLook at {args.out}.")
+        for heading, text in sections(args):
+            now = time.process_time()
+            about = f"{date.today()}, {hardware(DEVICE)}, torch {torch.__version__}"
+            about = f"{about}, {now - since:.0f} s of CPU time"
+            text = f"```\n{args.command}\n```\n\n{about}. {text}"
+            heading, since = heading if args.model == "tiny" else f"{heading}: {args.model}", now
+            print(f"\n## {heading}\n\n{text}", flush=True)
+            if args.report:
+                write_section(args.report, heading, text)
+        print(f"Look at {args.out}.")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 
 from evaluation import figures, tables
-from lab.bench import CONFIGS
+from lab.architectures import CONFIGS
 from system.files import UserError, write_section
 from training import budget
 from training.latents import inversion_calls

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import train_inpo
-from lab import full_size
+from lab import architectures, full_size
 from system.files import read_json
 from training import budget, export
 
@@ -48,7 +48,9 @@ def test_weights_are_those_of_the_published_pipelines():
 
 def test_small_models_have_the_kinds_and_levels_of_the_full_ones():
     for name in ("sdxl", "sd15"):
-        (unet, vae, texts), (small, tiny, few) = (full_size.sizes(name, x) for x in (False, True))
+        (unet, vae, texts), (small, tiny, few) = (
+            architectures.sizes(*full_size.architecture(name, x)) for x in (False, True)
+        )
         assert unet.keys() <= small.keys() and len(texts) == len(few)
         for key in ("down_block_types", "up_block_types"):
             assert unet[key] == small[key] and vae[key] == tiny[key]
