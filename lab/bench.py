@@ -81,7 +81,7 @@ from system.files import UserError, write, write_section
 from training import lora
 from training.budget import call_flops, calls_per_image
 from training.latents import generators, inversion_calls, latents
-from training.recipes import LOG_SIGMA_STEPS
+from training.recipes import INVERSION_STEPS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PARTS = "encoders", "inversion", "reference", "forward", "backward", "optimizer"
@@ -113,7 +113,7 @@ class Variant:
     @property
     def settings(self) -> Namespace:
         """Those of train_inpo.py that `latents` reads."""
-        steps = LOG_SIGMA_STEPS if self.spacing == "log-sigma" else GRID
+        steps = INVERSION_STEPS[self.spacing]
         path = {"inversion_spacing": self.spacing, "inversion_steps": steps}
         return Namespace(method="inpo", inverter="policy", eta=0.1, **path)
 

@@ -7,7 +7,7 @@ from evaluation.published import TITLES
 from system.files import UserError
 from system.hub import check_local, check_pairs
 from system.program import Parser
-from training.recipes import LOG_SIGMA_STEPS, METHODS, recipe_of, recipe_table
+from training.recipes import INVERSION_STEPS, METHODS, recipe_of, recipe_table
 
 
 def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,8 +62,9 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
              "in log sigma, with the same number of UNet calls for every t; or the released "
              "script's, with its faults, to compare with")
     add("--inversion-steps", type=int, metavar="N",
-        help="inpo: cells of the uniform grid over all timesteps, which they must divide; or UNet "
-             f"calls of the log-sigma path ({LOG_SIGMA_STEPS} if not given)")
+        help="inpo: cells of the uniform grid over all timesteps, which they must divide "
+             f"({INVERSION_STEPS['uniform']} if not given); or UNet calls of the log-sigma path "
+             f"({INVERSION_STEPS['log-sigma']})")
     add("--eta", type=float,
         help="inpo: noise injected while inverting, from 0 (none) to 1 (DDPM's)")
     add("--inverter", choices=("policy", "reference"), help="inpo: the model that inverts")
@@ -120,8 +121,8 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     # fmt: on
 
     parser.set_defaults(**recipe_of(known.model, known.method))
-    if known.method == "inpo" and known.inversion_spacing == "log-sigma":
-        parser.set_defaults(inversion_steps=LOG_SIGMA_STEPS)
+    if known.method == "inpo" and known.inversion_spacing in INVERSION_STEPS:
+        parser.set_defaults(inversion_steps=INVERSION_STEPS[known.inversion_spacing])
     args = parser.parse_args(argv)
     args.out = Path(args.out or f"out/{Path(args.model).name}-{args.method}")
     args.judge = args.judge or ("preference" if args.data == "toy" else "none")
