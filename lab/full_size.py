@@ -279,7 +279,7 @@ def run(name: str, folder: Path, small: bool) -> list[dict]:
 # -------------------------------------------------------------------------------------------------
 # What it needs.
 
-# Bytes: Python with its libraries, activations, what DeepSpeed's buffers touch, and the pages of the
+# Bytes: Python with its libraries, activations, what DeepSpeed's buffers touch, and pages of the
 # fp16 files while they are read. The most that was measured is 3.5e9, of SDXL's export.
 OVERHEAD = 4e9
 
