@@ -56,7 +56,7 @@ BENCH ?= --model tiny
 bench: $(READY)
 	$(BIN)/python -m lab.bench $(BENCH)
 
-# SDXL and SD1.5 at full size and random weights, without a GPU: 17 GB of memory, 15 GB in /tmp, or
+# SDXL and SD1.5 at full size and random weights, without a GPU: 18 GB of memory, 15 GB in /tmp, or
 # make full-size FULL_SIZE="--model sd15 --scratch FOLDER"
 FULL_SIZE ?= --model both
 full-size: $(READY)

@@ -148,7 +148,7 @@ def test_too_little_room_is_said_before_anything_is_made(short, tmp_path, monkey
         full_size.main(["--model=sdxl", f"--scratch={tmp_path}"])
     out, error = capsys.readouterr()
     assert stop.value.code == 2 and len(error.splitlines()) == 1
-    assert "This takes 16.9 GB of memory" in out and "14.4 GB of disk" in out
+    assert "This takes 17.9 GB of memory" in out and "14.4 GB of disk" in out
     assert f"of {short} are needed, and {budget.in_words(free[short])} are free" in error
 
 
