@@ -118,7 +118,7 @@ class Images:
     def denoiser(self, unet) -> Denoiser:
         return Denoiser(unet, self.cond, self.abar, self.predicts)
 
-    def at(self, t: int) -> Tensor:
+    def at(self, t: float) -> Tensor:
         return torch.full((len(self),), t, device=self.x0.device)
 
 
@@ -169,21 +169,29 @@ def first_points(unet, images: Images, fine: dict, firsts, calls) -> list[dict]:
     return rows
 
 
-def through_every_timestep(unet, images: Images, fine: dict) -> list[float]:
-    """Differences of the fine paths' tau, at TIMESTEPS, from that of Euler's rule through every
-    timestep: t + 1 calls, whose path to the last t passes through the others."""
-    eps, passed, last = images.denoiser(unet), {}, TIMESTEPS[-1] + 1
-    bar = tqdm(total=last + 1, desc="every timestep", unit="call")
+@torch.no_grad()
+def from_euler(unet, images: Images, fine: dict, moves: int = 900) -> list[float]:
+    """Differences of the fine paths' tau, at TIMESTEPS, from that of Euler's rule in many moves.
 
-    def watched(x, t):
-        passed[int(t[0])] = x
-        bar.update()
-        return eps(x, t)
-
-    Inversion(PAPER, len(images.abar))(watched, images.x0, images.at(last), images.abar)
+    It goes to t = 1, then even in log sigma through all TIMESTEPS, where t need not be whole: so it
+    shares with the fine paths their first move alone. For models that predict eps."""
+    eps, n, found = images.denoiser(unet), len(images), []
+    levels = (((1 - images.abar) / images.abar).sqrt().log()).cpu().double().numpy()
+    stops = levels[[1, *TIMESTEPS]]
+    step = (stops[-1] - stops[0]) / moves
+    shift, sigma, t = torch.zeros_like(images.x0), 0.0, 0.0
+    bar = tqdm(desc="Euler's rule", unit="call")
+    for i, stop in enumerate(stops):
+        here = stops[max(i - 1, 0)]
+        for level in np.linspace(here, stop, 1 + max(1, round((stop - here) / step)))[1:]:
+            x = (images.x0 + shift) / (1 + sigma**2) ** 0.5
+            shift = shift + (np.exp(level) - sigma) * eps(x, images.at(t))
+            sigma, t = np.exp(level), np.interp(level, levels, np.arange(len(levels)))
+            bar.update()
+        if i:
+            found.append(off(fine[TIMESTEPS[i - 1]][1][:n], shift / sigma))
     bar.close()
-    tau = {t: implied_noise(images.x0, passed[t], images.abar[images.at(t)]) for t in TIMESTEPS}
-    return [off(fine[t][1][: len(images)], tau[t]) for t in TIMESTEPS]
+    return found
 
 
 # -------------------------------------------------------------------------------------------------

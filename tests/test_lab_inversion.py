@@ -8,7 +8,7 @@ import torch
 
 import model
 import toy
-from invert import ddim_invert, path
+from invert import path
 from lab import inversion, paths
 from lab.paths import EULER, OURS, PAPER, RELEASED, Images, Inversion
 from loss import squared_error
@@ -106,14 +106,19 @@ def by(factor, eps_fn, x0, t, abar):
     return a.sqrt() * x0 + (1 - a).sqrt() * tau, tau
 
 
-def test_the_path_through_every_timestep_has_the_paths_to_all_of_them(small, monkeypatch):
+def test_eulers_rule_in_many_moves_comes_to_the_fine_path_and_in_few_does_not(monkeypatch):
     x0 = normal(3, 1, 4, 4)
     monkeypatch.setattr(Images, "denoiser", lambda self, unet: unet)
     images = Images(x0, {}, ABAR, "epsilon")
-    every = {t: ddim_invert(curved, x0, images.at(t), ABAR, 1000, 0) for t in (3, 9)}
-    assert max(paths.through_every_timestep(curved, images, every)) < 1e-12
     fine = paths.fine_results(curved, images)
-    assert min(paths.through_every_timestep(curved, images, fine)) > 1e-4
+    near, far = (max(paths.from_euler(curved, images, fine, moves)) for moves in (900, 90))
+    assert near < 0.004 and 7 < far / near < 13  # of order one
+    fine = paths.fine_results(steady, images)
+    assert max(paths.from_euler(steady, images, fine, 9)) < 1e-12
+
+
+def steady(x, t):
+    return torch.full_like(x, 0.7)
 
 
 # -------------------------------------------------------------------------------------------------
