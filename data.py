@@ -313,6 +313,10 @@ class Pairs(torch.utils.data.Dataset):
         crop_at = (across, down) if self.crop == "random" else None
         return crop_at, bool(self.flip and flip < 0.5), bool(drop < self.caption_dropout)
 
+    def read(self, row: int, crop_at: tuple[float, float] | None, flip: bool):
+        """(winner, loser, caption) of a row, see `read_pair`."""
+        return read_pair(self.dataset[row], self.resolution, crop_at, flip)
+
     def __getitem__(self, n: int) -> dict:
         """winner, loser: (3, R, R) uint8. caption, row, n. broken: the rows in whose place
         this one came, as dictionaries of n, row, file, file_row, and the reason.
@@ -322,8 +326,7 @@ class Pairs(torch.utils.data.Dataset):
         broken = []
         for row in itertools.islice(self.tries(n), BROKEN_LIMIT):
             try:  # whatever cannot be read is left out: a cell, a caption, a picture
-                pair = self.dataset[row]
-                winner, loser, caption = read_pair(pair, self.resolution, crop_at, flip)
+                winner, loser, caption = self.read(row, crop_at, flip)
             except Exception as error:
                 place, why = self.place(row), what_is_broken(error)
                 broken.append({"n": n, "row": row, **place, "reason": why})

@@ -19,6 +19,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
 from huggingface_hub.utils import enable_progress_bars
 from PIL import Image
@@ -293,30 +294,43 @@ def repeat(cond: dict, times: int = 2) -> dict:
 def encode_images(
     pipeline: DiffusionPipeline, pixels: Tensor, generator: list[torch.Generator] | None = None
 ) -> Tensor:
-    """x0 = scaling_factor * (z - mean) / std, with z drawn from the VAE's posterior of each image.
+    """x0 of each image, drawn from the VAE's posterior of it: (B, C, h, w) fp32.
 
-    mean, std: of the VAE's configuration, for most VAEs 0 and 1. pixels: (B, 3, H, W) uint8, which
-    become -1..1 here, in fp32 on the VAE's device. generator: one per image, on any device. Returns
-    (B, C, h, w) fp32. As many images at a time as have ENCODED pixels, at least one; a latent is
-    the same in any batch but for a convolution's last digits, within 1e-5 in fp32."""
-    vae = pipeline.vae
+    pixels: (B, 3, H, W) uint8. generator: one per image, on any device."""
+    return draw_latents(pipeline.vae, posteriors(pipeline, pixels), generator)
+
+
+@torch.no_grad()
+def posteriors(pipeline: DiffusionPipeline, pixels: Tensor) -> Tensor:
+    """What the VAE says of each image: mean and log variance of its z, (B, 2C, h, w), in its dtype.
+
+    pixels: (B, 3, H, W) uint8, which become -1..1 here, in fp32 on the VAE's device. As many images
+    at a time as have ENCODED pixels, at least one; what is said of an image is the same in any
+    batch but for a convolution's last digits, within 1e-5 in fp32."""
+    vae, found = pipeline.vae, []
     half = torch.tensor(127.5, device=vae.device)  # by a number a GPU multiplies, with its inverse
-    latents, at_once = [], max(1, ENCODED // pixels[0, 0].numel())
-    for i in range(0, len(pixels), at_once):
-        images = pixels[i : i + at_once].to(vae.device).float() / half - 1
-        posterior = vae.encode(images.to(vae.dtype)).latent_dist
-        latents.append(posterior.sample(generator and generator[i : i + at_once]).float())
-    mean, std = _moments(vae, torch.float32)
-    return (torch.cat(latents) - mean) * vae.config.scaling_factor / std
+    for some in pixels.split(max(1, ENCODED // pixels[0, 0].numel())):
+        images = some.to(vae.device).float() / half - 1
+        found.append(vae.encode(images.to(vae.dtype)).latent_dist.parameters)
+    return torch.cat(found)
 
 
-def _moments(vae, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
+def draw_latents(vae, posteriors: Tensor, generator: list[torch.Generator] | None = None) -> Tensor:
+    """x0 = scaling_factor * (z - mean) / std, with z drawn from each posterior, on its device.
+
+    mean, std: of the VAE's configuration, for most VAEs 0 and 1."""
+    z = DiagonalGaussianDistribution(posteriors).sample(generator).float()
+    mean, std = _moments(vae, z)
+    return (z - mean) * vae.config.scaling_factor / std
+
+
+def _moments(vae, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
     """(mean, std) of its latents, (1, C, 1, 1); 0 and 1 unless both are given, as diffusers' SDXL
     pipelines have it."""
     given = vae.config.latents_mean, vae.config.latents_std
     if None in given:
         return 0.0, 1.0
-    return tuple(torch.tensor(x, device=vae.device, dtype=dtype).view(1, -1, 1, 1) for x in given)
+    return tuple(like.new_tensor(x).view(1, -1, 1, 1) for x in given)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -384,8 +398,9 @@ def sample(
         ).images
         _check(latents, "UNet", pipeline.unet.dtype)
         vae = pipeline.vae  # decoded here, since its dtype may differ from the UNet's
-        mean, std = _moments(vae, vae.dtype)
-        latents = latents.to(vae.dtype) * std / vae.config.scaling_factor + mean
+        latents = latents.to(vae.dtype)
+        mean, std = _moments(vae, latents)
+        latents = latents * std / vae.config.scaling_factor + mean
         size = latents[0, 0].numel() * pipeline.vae_scale_factor**2
         for part in latents.split(max(1, DECODED // size)):
             pixels = vae.decode(part).sample

@@ -40,7 +40,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from training import lora
+from training import cache, lora
 from training.latents import inversion_calls, stratum
 
 GIB = 2**30
@@ -345,13 +345,16 @@ def gpu_memory(args: Namespace, plan, ds_config: dict, dtype: torch.dtype) -> di
     vae, drawn = vae_dtype(plan, dtype), 0
     if args.sample_every:
         drawn = plan.unet_config["sample_size"] * plan.factor
+    resting = encoders(plan.architecture, dtype, vae)
+    working = vae_peak(vae, plan.resolution, drawn, args.micro_batch)
+    if args.cache_latents:  # the encoders are there while they work, and not in a step
+        resting, working = 0.0, resting + working
     return step_memory(
         plan.unet_config | {"sample_size": plan.latent}, ds_config, dtype, world=plan.world,
         micro_batch=args.micro_batch, images=images_per_pair(args.method),
         reference=args.method != "sft", checkpointing=args.gradient_checkpointing,
         rank=lora_rank(args), targets=args.lora_targets,
-        encoders=encoders(plan.architecture, dtype, vae),
-        vae=vae_peak(vae, plan.resolution, drawn, args.micro_batch),
+        encoders=resting, vae=working,
     )  # fmt: skip
 
 
@@ -384,6 +387,9 @@ def disk(args: Namespace, plan) -> dict[str, int]:
     if not rank and plan.parameters >= TOY:
         aligned += 4 * (VAE + TEXT[plan.architecture])
     taken = {}
+    if args.cache_latents:
+        latents = cache.size(args, plan, vae_dtype(plan, plan.dtype))
+        taken[f"latents of {len(plan.pairs):,} pairs, {in_words(latents)}"] = latents
     if args.checkpoint_every:
         count = checkpoints(args.steps, args.checkpoint_every, args.keep, args.keep_every)
         taken[f"{count} checkpoint(s) of {in_words(checkpoint)}"] = count * checkpoint

@@ -51,6 +51,10 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--caption-dropout", type=float, metavar="P",
         help="share of the pairs, 0 to 1, that are trained without their caption")
     add("--workers", type=int, metavar="N", help="loader processes per rank")
+    add("--cache-latents", action="store_true",
+        help="encode all pictures and captions once, before the first step, and keep them in the "
+             "run's folder, for a small set that is seen more than once; VAE and text encoders "
+             "then leave the device (the plan says how much disk it takes)")
 
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="inpo", help="picks the recipe, too")
@@ -159,6 +163,10 @@ def check_flags(args: argparse.Namespace):
             raise UserError(f"--{name} {value}: must lie between {low} and {high}.")
     if args.inversion_spacing == "log-sigma" and args.inversion_steps < 2:
         raise UserError("--inversion-steps 1: --inversion-spacing log-sigma takes at least 2.")
+    if args.cache_latents and args.crop == "random":
+        raise UserError(
+            "--cache-latents: keeps one crop of each picture; leave it out, or give --crop center."
+        )
     if args.lora and args.lora_start == "continue" and args.lora_rank:
         raise UserError(
             f"--lora-rank {args.lora_rank}: {args.lora} has its own rank; leave the flag out, or "
