@@ -4,6 +4,7 @@
     python -m lab.study tune        # the settings that were tried for each method  (make tune)
     python -m lab.study ablation    # what the parts of InPO do                     (make ablation)
     python -m lab.study inversion   # paths of inversion, five seeds
+    python -m lab.study drift       # some of them early on, where all have moved equally far
     python -m lab.study confirm     # the chosen path, on seeds and captions not used before
 
 The same command continues a study; runs that are done are kept. A variant is a line of
@@ -35,7 +36,7 @@ CORES = len(os.sched_getaffinity(0))
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("lab.study", __doc__)
     add = parser.add_argument
-    studies = "table", "tune", "ablation", "inversion", "confirm"
+    studies = "table", "tune", "ablation", "inversion", "drift", "confirm"
     add("study", choices=studies, help="what is trained and compared")
     add("--out", type=Path, metavar="FOLDER", help="of runs and results (default: out/STUDY)")
     add("--jobs", type=int, default=CORES, metavar="N", help="runs at a time")
@@ -177,6 +178,14 @@ def inversion_study() -> Study:
     return Study(variants, [10, 11, 12, 13, 14], images=8)
 
 
+def drift_study() -> Study:
+    """The first steps of some of inversion_study's variants, with its seeds."""
+    names = "uniform, 10 cells", "released", "log sigma, 3 calls", "log sigma, 4 calls"
+    every = {variant.name: variant for variant in inversion_study().variants}
+    variants = [Variant(name, every[name].flags, (4, 8, 12, 20)) for name in names]
+    return Study(variants, [10, 11, 12, 13, 14], images=4)
+
+
 def confirm_study() -> Study:
     """The paper's path and the one that inversion_study has chosen, once."""
     paths = {"uniform, 10 cells": "uniform --inversion-steps 10"}
@@ -190,6 +199,7 @@ STUDIES = {
     "tune": tune_study,
     "ablation": ablation_study,
     "inversion": inversion_study,
+    "drift": drift_study,
     "confirm": confirm_study,
 }
 
@@ -415,9 +425,14 @@ def write_inversion(results: report.Results, jobs: list[Job], out: Path) -> str:
         "After 60 steps": report.scores_table(results, 60, grain=True),
         "At equal compute": report.scores_table(results, grain=True),
         "Against the paper's path": tables.markdown(heads, against),
-        "Where all have moved equally far": report.matched_table(results, results.variants),
     }
     return "\n".join(f"### {heading}\n\n{part}" for heading, part in parts.items())
+
+
+def write_drift(results: report.Results, jobs: list[Job], out: Path) -> str:
+    panels = report.panels(results, results.variants, TRADE)
+    figures.trajectories(panels, out / "drift.png", f"The first steps, {seeds_of(results)}")
+    return report.matched_table(results, results.variants)
 
 
 def write_confirm(results: report.Results, jobs: list[Job], out: Path) -> str:
@@ -434,6 +449,7 @@ WRITERS = {
     "tune": write_tune,
     "ablation": write_ablation,
     "inversion": write_inversion,
+    "drift": write_drift,
     "confirm": write_confirm,
 }
 
