@@ -158,6 +158,10 @@ def start_engine(pipeline, args: Namespace, ds_config: dict):
         unet.requires_grad_(True)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if args.compile:  # in place: names of weights stay
+        unet.compile()
+        if reference is not None:
+            reference.compile()
     engine, *_ = deepspeed.initialize(
         model=unet,
         model_parameters=[weight for weight in unet.parameters() if weight.requires_grad],

@@ -141,6 +141,11 @@ def check(args: argparse.Namespace) -> Plan:
     if args.judge and args.sample_every:
         scorers.check(args.judge, sample_prompts, args.scorer_folder)
     ds_config = complete(read_ds_config(args.ds_config), args, accumulation)
+    if args.compile and ds_config["zero_optimization"]["stage"] == 3:
+        raise UserError(
+            f"--compile: under ZeRO-3 of {args.ds_config} a UNet falls into dozens of graphs; "
+            "leave it out, or take another --ds-config."
+        )
     check_monitors(args, ds_config)
     folder.check_folder(args.out, asked(args))
 

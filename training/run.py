@@ -158,7 +158,8 @@ class Run:
     def sample(self, engine, pipeline, step: int):
         """Draw pictures; keep the model whose pictures --judge likes best."""
         clock, stop = time.monotonic(), functools.partial(self.stop_if_asked, engine, step)
-        with cache.encoders_on(pipeline, engine.device):
+        eager = torch.compiler.set_stance("force_eager")  # each other shape would be compiled
+        with cache.encoders_on(pipeline, engine.device), eager:
             scores, best = self.preview.draw(pipeline, step, stop)
         if is_main() and scores:
             shown = {f"judge/{key}": scores[key] for key in ("mean", "start", "win_rate")}
