@@ -51,10 +51,10 @@ chaos: $(READY)
 fuzz: $(READY_DEV)
 	$(BIN)/python -m lab.fuzz --report docs/reliability.md
 
-# Speed, memory and cost of a training step; on a GPU: make bench BENCH="--model sdxl"
-BENCH ?= --model tiny
+# Speed of a training step, by part, into docs/speed.md; on a GPU: make bench BENCH="--model sdxl"
+BENCH ?= --model tiny mid
 bench: $(READY)
-	$(BIN)/python -m lab.bench $(BENCH)
+	$(BIN)/python -m lab.bench $(BENCH) --report docs/speed.md
 
 # SDXL and SD1.5 at full size and random weights, without a GPU: 18 GB of memory, 15 GB in /tmp, or
 # make full-size FULL_SIZE="--model sd15 --scratch FOLDER"
