@@ -179,6 +179,18 @@ def test_disk_is_what_a_run_leaves(stage, half, rank, argv, ds_config, tmp_path,
         assert said <= real < 1.12 * said  # names and shapes count much in a small model
 
 
+def test_with_cached_latents_the_encoders_are_no_part_of_a_step(published, argv):
+    """SDXL in bf16 on one GPU: their weights are left out, where a step takes more than the VAE."""
+    found = []
+    for words in ([], ["--cache-latents"]):
+        args = parse("", [*argv(model=published("sdxl"), resolution=512, vae=None), *words])
+        config = plan.complete(plan.read_ds_config("configs/zero1.json"), args, 1)
+        found.append(budget.gpu_memory(args, plan.check(args), config, torch.bfloat16))
+    live, cached = found
+    assert live["encoders"] > 1.5 and cached["encoders"] == live["vae"] == cached["vae"] == 0
+    assert sum(live.values()) - sum(cached.values()) == pytest.approx(live["encoders"])
+
+
 def test_the_published_sizes_of_disk(published, argv):
     flags = {"checkpoint_every": 50, "steps": 400, "export_every": 100, "keep_every": 100}
     args = parse("", argv(model=published("sdxl"), **flags))

@@ -151,7 +151,7 @@ def key(args: Namespace, plan, record: dict) -> str:
 def size(args: Namespace, plan, vae: torch.dtype) -> int:
     """Bytes of the files at most, where all captions differ. vae: the VAE's dtype."""
     unet, rows = plan.unet_config, len(plan.pairs)
-    posterior = 2 * plan.vae_config["latent_channels"] * plan.latent**2 * vae.itemsize
+    posterior = 2 * plan.vae_config.get("latent_channels", 4) * plan.latent**2 * vae.itemsize
     pooled = unet.get("projection_class_embeddings_input_dim") or 0
     text = (plan.tokens * unet["cross_attention_dim"] + pooled) * plan.dtype.itemsize
     return rows * plan.images_per_pair * (2 if args.flip else 1) * posterior + (rows + 1) * text
