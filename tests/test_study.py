@@ -17,7 +17,7 @@ from PIL import Image
 import model
 import toy
 from evaluation import figures
-from lab import measure, report, study
+from lab import measure, report, studies, study
 from system.files import UserError
 from system.lock import alone
 from training.flags import parse
@@ -50,7 +50,7 @@ def test_commands_of_a_study_are_understood_and_folders_differ(name, tmp_path):
 
 
 def test_methods_are_compared_at_equal_compute(tmp_path):
-    jobs = study.jobs_of(study.table_study(), tmp_path)[1:]
+    jobs = study.jobs_of(studies.table_study(), tmp_path)[1:]
     work = {job.variant.name: job.variant.steps * job.calls_per_step() for job in jobs}
     assert set(work) == {"SFT", "DPO", "KTO", "InPO"}
     assert work["InPO"] == 60 * 16 * 2 * 9.5
@@ -58,15 +58,15 @@ def test_methods_are_compared_at_equal_compute(tmp_path):
 
 
 def test_each_method_is_tuned_with_as_many_runs_at_least_as_inpo_on_an_unused_seed():
-    tuned, others = study.tune_study(), (study.table_study(), study.ablation_study())
+    tuned, others = studies.tune_study(), (studies.table_study(), studies.ablation_study())
     methods = [variant.method for variant in tuned.variants]
     assert {m: methods.count(m) for m in METHODS} == dict(inpo=6, dpo=10, kto=6, sft=6)
     assert not set(tuned.seeds) & {seed for other in others for seed in other.seeds}
 
 
 def test_ablation_changes_one_thing_at_a_time():
-    recipe = vars(parse("", ["--model", "tiny", *study.PAPER.split()]))
-    for variant in study.ablation_study().variants:
+    recipe = vars(parse("", ["--model", "tiny", *studies.PAPER.split()]))
+    for variant in studies.ablation_study().variants:
         asked = vars(parse("", ["--model", "tiny", *variant.flags.split()]))
         differ = {key for key in recipe if asked[key] != recipe[key]} - {"out"}
         if variant.name == "random noise":

@@ -1,0 +1,143 @@
+"""The studies: which variants of the tiny model are trained, from which seeds, and when judged."""
+
+from dataclasses import dataclass
+
+from training.recipes import recipe_of
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A line of train_inpo.py --model tiny, and the steps at which it is judged."""
+
+    name: str
+    flags: str  # besides --model, --seed, --steps and --out
+    judged: tuple[int, ...]  # after these optimizer steps; the last one ends the run
+    group: str = ""  # heading in the report
+
+    @property
+    def steps(self) -> int:
+        return self.judged[-1]
+
+    @property
+    def method(self) -> str:
+        words = self.flags.split()
+        return words[words.index("--method") + 1] if "--method" in words else "inpo"
+
+
+@dataclass(frozen=True)
+class Study:
+    variants: list[Variant]
+    seeds: list[int]  # of training
+    images: int  # drawn per prompt at each judgement
+    fold: int = 0  # of the captions, which alignment never sees (toy.prompts)
+
+
+# The paper's path is named in the studies of its methods, since it is not the tiny model's default.
+PAPER = "--inversion-spacing uniform --inversion-steps 10"
+# Steps of 16 pairs that cost about as many UNet calls as 60 of InPO: 60 x 19, 142 x 8, 380 x 3.
+EQUAL = {"inpo": 60, "dpo": 142, "kto": 142, "sft": 380}
+NAMES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "inpo": "InPO"}
+
+
+def table_study() -> Study:
+    """Four methods, judged early as well: each leaves the base in a way of its own."""
+    judged = {"inpo": (2, 4, 6, *range(10, 60, 10)), "sft": (10, 20, 40, *range(60, 380, 60))}
+    judged["dpo"] = judged["kto"] = (5, 10, *range(20, 142, 20))
+    flags = {m: f"--method {m}" + (f" {PAPER}" if m == "inpo" else "") for m in NAMES}
+    variants = [Variant(NAMES[m], flags[m], (*judged[m], EQUAL[m])) for m in NAMES]
+    return Study(variants, [0, 1, 2], images=8)
+
+
+def tune_study() -> Study:
+    """Six settings for each method, ten for DPO, on a seed that no other study has."""
+    variants = []
+    for method in reversed(NAMES):
+        rates, betas = ("5e-6", "1e-5", "2e-5"), (" --beta 1000", " --beta 5000")
+        if method == "sft":
+            rates, betas = ("2e-6", "5e-6", "1e-5", "2e-5", "4e-5", "1e-4"), ("",)
+        if method == "dpo":  # the best of its first six was at the edge, and so of its first eight
+            rates = ("1e-6", "2e-6", *rates)
+        for rate in rates:
+            for beta in betas:
+                name = f"{NAMES[method]}, lr {rate}" + beta.replace(" --", ", ")
+                flags = f"--method {method} --lr {rate}{beta}"
+                flags += f" {PAPER}" if method == "inpo" else ""
+                judged = EQUAL[method] // 2, EQUAL[method]
+                variants.append(Variant(name, flags, judged, NAMES[method]))
+    return Study(variants, [100], images=4)
+
+
+def ablation_study() -> Study:
+    """InPO's recipe with one thing changed at a time, 60 steps each."""
+    recipe = recipe_of("tiny", "inpo")
+    same = " ".join(f"--{flag} {recipe[flag]}" for flag in ("lr", "beta", "warmup", "batch"))
+    variants = [("", "recipe", PAPER)]
+    heading = "Inversion or random noise"
+    variants += [(heading, "random noise", f"--method dpo --strata 10 {same}")]
+    heading = "Inversion steps"
+    cells = PAPER.replace("10", "{}")
+    variants += [(heading, f"{n} steps", cells.format(n)) for n in (2, 5, 20)]
+    heading = "Noise injected while inverting"
+    variants += [(heading, f"eta {eta}", f"{PAPER} --eta {eta}") for eta in (0, 0.5, 1)]
+    heading = "Beta"
+    betas = (100, 300, 3000, 10000)
+    variants += [(heading, f"beta {beta}", f"{PAPER} --beta {beta}") for beta in betas]
+    heading = "The model that inverts"
+    variants += [(heading, "the reference inverts", f"{PAPER} --inverter reference")]
+    judged = 4, 6, 10, 20, 40, 60
+    return Study([Variant(n, flags, judged, group) for group, n, flags in variants], [0, 1], 4)
+
+
+def inversion_study() -> Study:
+    """Paths of inversion and their UNet calls. All are judged after 60 steps, and at equal compute:
+    where a step costs less the run goes on until it has cost as many UNet calls, 60 x 19."""
+
+    def judged(calls_a_pair):  # in steps of 16 pairs; 5 % more is as near as 60 steps come
+        last = round(60 * 19 / calls_a_pair)
+        return (30, 60, last) if last > 63 else (30, 60)
+
+    def variant(name, flags, calls, eta=""):  # calls: mean, to invert an image
+        flags = f"--inversion-spacing {flags}" + (f" --eta {eta}" if eta else "")
+        return Variant(name, flags, judged(2 * (calls + 4)), "eta 0" if eta == "0" else "eta 0.1")
+
+    def log_sigma(steps, eta=""):
+        name = f"log sigma, {steps} calls" + (f", eta {eta}" if eta else "")
+        return variant(name, f"log-sigma --inversion-steps {steps}", steps, eta)
+
+    ours = "log-sigma --inversion-steps 3"
+    variants = [
+        variant("uniform, 10 cells", "uniform --inversion-steps 10", 5.5),
+        *(log_sigma(steps) for steps in (3, 4, 2, 6)),
+        variant("uniform, 5 cells", "uniform --inversion-steps 5", 3),
+        variant("uniform, 10 cells, eta 0", "uniform --inversion-steps 10", 5.5, "0"),
+        *(log_sigma(steps, "0") for steps in (3, 4, 2, 6)),
+        variant("released", "released --inversion-steps 10", 6.4),
+        variant("log sigma, 3 calls, by the reference", f"{ours} --inverter reference", 3),
+    ]
+    return Study(variants, [10, 11, 12, 13, 14], images=8)
+
+
+def drift_study() -> Study:
+    """The first steps of some of inversion_study's variants, with three of its seeds."""
+    names = "uniform, 10 cells", "released", "log sigma, 3 calls", "log sigma, 4 calls"
+    every = {variant.name: variant for variant in inversion_study().variants}
+    variants = [Variant(name, every[name].flags, (4, 8, 12, 20)) for name in names]
+    return Study(variants, [10, 11, 12], images=4)
+
+
+def confirm_study() -> Study:
+    """The paper's path and the one that inversion_study has chosen, once."""
+    paths = {"uniform, 10 cells": "uniform --inversion-steps 10"}
+    paths["log sigma, 3 calls"] = "log-sigma --inversion-steps 3"
+    variants = [Variant(n, f"--inversion-spacing {flags}", (60,)) for n, flags in paths.items()]
+    return Study(variants, [20, 21, 22, 23, 24], images=8, fold=1)
+
+
+STUDIES = {
+    "table": table_study,
+    "tune": tune_study,
+    "ablation": ablation_study,
+    "inversion": inversion_study,
+    "drift": drift_study,
+    "confirm": confirm_study,
+}
