@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 READY_DEV := .venv/ready-dev
 
-.PHONY: demo test test-all lint table tune ablation bench chaos fuzz clean
+.PHONY: demo test test-all lint table tune ablation bench full-size scale chaos fuzz clean
 
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
@@ -55,6 +55,16 @@ fuzz: $(READY_DEV)
 BENCH ?= --model tiny
 bench: $(READY)
 	$(BIN)/python -m lab.bench $(BENCH)
+
+# SDXL and SD1.5 at full size and random weights, without a GPU: 18 GB of memory, 15 GB in /tmp, or
+# make full-size FULL_SIZE="--model sd15 --scratch FOLDER"
+FULL_SIZE ?= --model both
+full-size: $(READY)
+	$(BIN)/python -m lab.full_size $(FULL_SIZE) --report docs/speed.md
+
+# Step time on 8 to 512 GPUs, computed.
+scale: $(READY)
+	$(BIN)/python -m lab.scale --report docs/speed.md
 
 clean:
 	rm -rf .venv out/demo

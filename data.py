@@ -2,7 +2,7 @@
 
     pairs = Pairs(read_pairs("out/toy/pairs"), resolution=64, seed=0)
     for batch in loader(pairs, 0, steps=40, rank=0, world=1, micro_batch=8, accumulation=2):
-        batch["pixels"], batch["captions"]  # (2P, 3, R, R) winners first, then losers; P captions
+        batch["pixels"], batch["captions"]  # (2P, 3, R, R) uint8, winners first; P captions
 
 A pair has one number for the whole run: n = step * G + place, where G is the global batch. Its row,
 crop, flip and caption dropout are functions of (seed, n) alone. So the data do not depend on ranks,
@@ -189,10 +189,11 @@ def _encoded(value: bytes | dict | None) -> bytes | None:
 def preprocess(
     image: Image.Image, resolution: int, crop_at: tuple[float, float] | None, flip: bool
 ) -> Tensor:
-    """Resize the shorter side to `resolution` pixels, crop a square, mirror, scale 0..255 to -1..1.
+    """Resize the shorter side to `resolution` pixels, crop a square, mirror.
 
     image: RGB. crop_at: (across, down) in [0, 1), the place in the room left; None is the centre.
-    Bilinear with antialiasing, as released. Returns (3, resolution, resolution) fp32. Raises
+    Bilinear with antialiasing, as released. Returns (3, resolution, resolution) uint8, 0..255, a
+    quarter of what fp32 takes on its way to the device (model.encode_images scales it). Raises
     ValueError for a picture so long that it would have more than PIXELS pixels before the crop (at
     1024 px one of 1 : 64): cropping first would round otherwise.
     Limit: an image that already has this size keeps its pixels."""
@@ -208,7 +209,7 @@ def preprocess(
         left, top = (int(at * (free + 1)) for at, free in zip(crop_at, room, strict=True))
     pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))
     pixels = pixels[:, ::-1] if flip else pixels
-    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32, order="C")) / 127.5 - 1
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
 def read_pair(
@@ -312,8 +313,12 @@ class Pairs(torch.utils.data.Dataset):
         crop_at = (across, down) if self.crop == "random" else None
         return crop_at, bool(self.flip and flip < 0.5), bool(drop < self.caption_dropout)
 
+    def read(self, row: int, crop_at: tuple[float, float] | None, flip: bool):
+        """(winner, loser, caption) of a row, see `read_pair`."""
+        return read_pair(self.dataset[row], self.resolution, crop_at, flip)
+
     def __getitem__(self, n: int) -> dict:
-        """winner, loser: (3, R, R) fp32 in -1..1. caption, row, n. broken: the rows in whose place
+        """winner, loser: (3, R, R) uint8. caption, row, n. broken: the rows in whose place
         this one came, as dictionaries of n, row, file, file_row, and the reason.
 
         UserError where 100 rows are broken, one after the other."""
@@ -321,8 +326,7 @@ class Pairs(torch.utils.data.Dataset):
         broken = []
         for row in itertools.islice(self.tries(n), BROKEN_LIMIT):
             try:  # whatever cannot be read is left out: a cell, a caption, a picture
-                pair = self.dataset[row]
-                winner, loser, caption = read_pair(pair, self.resolution, crop_at, flip)
+                winner, loser, caption = self.read(row, crop_at, flip)
             except Exception as error:
                 place, why = self.place(row), what_is_broken(error)
                 broken.append({"n": n, "row": row, **place, "reason": why})
@@ -352,7 +356,8 @@ def pair_numbers(
 
 
 def collate(items: list[dict]) -> dict:
-    """pixels (2P, 3, R, R), winners first, then losers; captions; n, row (P,); broken, joined."""
+    """pixels (2P, 3, R, R) uint8, winners first, then losers; captions; n, row (P,); broken,
+    joined."""
     pixels = [item["winner"] for item in items] + [item["loser"] for item in items]
     pixels = torch.stack(pixels)
     if torch.utils.data.get_worker_info():  # else a thread would do it, whose errors are lost

@@ -162,11 +162,11 @@ def ddim_invert(
     tau is all that was added to xbar, over sigma_t, so that xt = sqrt(abar_t) (x0 + sigma_t tau).
     It is the training target of Step 3.
 
-    x0: clean, (B, C, H, W). t: (B,) int64 in 0..T-1, each its own. abar: (T,). eps_fn(x, t): x as
-    x0 in fp32, t as t -> eps, any dtype. eta: 0 is the deterministic inversion, 1 injects as DDPM
-    does. generator: one, of x0's device or the CPU, or a list of one per image, which draws for
-    each what it would get alone. Returns xt, tau, as x0. Raises ValueError for t, abar, steps or
-    spacing out of range, and for a list of another length than B.
+    x0: clean, (B, C, H, W). t: (B,) int64 in 0..T-1, each its own. abar: (T,). With both on the CPU
+    nothing waits for x0's device. eps_fn(x, t), x in fp32, t on x0's device -> eps, any dtype. eta:
+    0 is the deterministic inversion, 1 injects as DDPM does. generator: one, of x0's device or the
+    CPU, or a list of one per image, which draws for each what it would get alone. Returns xt and
+    tau, as x0. Raises ValueError for t, abar, steps or spacing out of range, or a list too short.
     Limit: where eps_fn always returns the same eps and eta is 0, tau = eps."""
     if isinstance(generator, list) and len(generator) != len(x0):
         raise ValueError(f"{len(x0)} images need as many generators; got {len(generator)}.")
@@ -174,14 +174,14 @@ def ddim_invert(
     if lowest < 0 or highest >= len(abar):
         raise ValueError(f"t must lie in 0..{len(abar) - 1}; got {lowest} to {highest}.")
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
-    abar = finite_sigma(_per_image(abar, torch.empty(0, dtype=x0.dtype))).to(x0.device)
+    abar = finite_sigma(_per_image(abar, torch.empty(0, dtype=x0.dtype))).to(t.device)
 
     shift = torch.zeros_like(x0)  # sigma * tau so far: xbar - x0
     t_from, a, before = torch.zeros_like(t), _per_image(torch.ones_like(abar[t]), x0), None
     for t_to in path(t, steps, abar, spacing):
         b = _per_image(abar[t_to], x0)
         s, u = _sigma(a), _sigma(b)
-        eps = eps_fn(a.sqrt() * (x0 + shift), t_from).to(x0)
+        eps = eps_fn(a.sqrt() * (x0 + shift), t_from.to(x0.device)).to(x0)
         shift = shift + (u - s) * eps
         if before and spacing == "log-sigma":
             eps_r, r = before  # r = 0, the clean image: no weight, as after a move of length zero

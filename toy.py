@@ -54,11 +54,11 @@ def parse_caption(caption: str) -> tuple[str, str, str]:
     )
 
 
-def prompts(split: str = "all") -> list[str]:
+def prompts(split: str = "all", fold: int = 0) -> list[str]:
     """The captions of a split: 54 of "train", 18 of "heldout" (each colour and shape in both), 72
-    of "all"."""
+    of "all". fold: 0 to 3, which quarter is held out; 0 but where a choice is confirmed anew."""
     every = [
-        (caption_of(color, shape, background), (i + j + k) % 4 == 0)
+        (caption_of(color, shape, background), (i + j + k) % 4 == fold)
         for i, color in enumerate(HUES)
         for j, shape in enumerate(SHAPES)
         for k, background in enumerate(BACKGROUNDS)
@@ -131,7 +131,8 @@ def contrast(image: Image.Image) -> np.ndarray:
         [pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)]
     )
     border = np.concatenate([border, pixels[:, -2:].reshape(-1, 3)])
-    distance = np.abs(pixels - np.median(border, axis=0)).max(axis=-1)
+    r, g, b = np.moveaxis(np.abs(pixels - np.median(border, axis=0)), -1, 0)
+    distance = np.maximum(np.maximum(r, g), b)
     top = np.sort(distance.ravel())[-distance.size // 20 :].mean()
     return distance / max(top, 1e-3)
 
@@ -211,8 +212,8 @@ def faithfulness(image: Image.Image, caption: str) -> float:
 # Preference pairs, in the columns of Pick-a-Pic v2.
 
 
-def write_pairs(path: Path, n: int, seed: int = 0, split: str = "train", tie: float = 0.02) -> Path:
-    """Write n pairs to a parquet file: two drawings of one caption, judged by the hidden
+def write_pairs(path: Path, n: int, seed: int = 0, fold: int = 0, tie: float = 0.02) -> Path:
+    """Write n pairs to a parquet file: two drawings of one caption of "train", judged by the hidden
     preference.
 
     jpg_0, jpg_1: encoded bytes (PNG, so that JPEG does not blur what is judged). label_0: 1.0 where
@@ -220,7 +221,7 @@ def write_pairs(path: Path, n: int, seed: int = 0, split: str = "train", tie: fl
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rng, captions = np.random.default_rng([seed, 1]), prompts(split)
+    rng, captions = np.random.default_rng([seed, 1]), prompts("train", fold)
     columns = {"jpg_0": [], "jpg_1": [], "label_0": [], "caption": []}
     for _ in range(n):
         caption = captions[rng.integers(len(captions))]
@@ -238,10 +239,10 @@ def write_pairs(path: Path, n: int, seed: int = 0, split: str = "train", tie: fl
     return path
 
 
-def write_pairs_once(folder: str | Path, n: int, seed: int = 0) -> Path:
+def write_pairs_once(folder: str | Path, n: int, seed: int = 0, fold: int = 0) -> Path:
     """write_pairs, unless the file is there. Several ranks may write it at the same time."""
-    path = Path(folder) / f"{n}-pairs-seed-{seed}.parquet"
-    return path if path.exists() else write_pairs(path, n, seed)
+    path = Path(folder) / f"{n}-pairs-seed-{seed}{f'-fold-{fold}' if fold else ''}.parquet"
+    return path if path.exists() else write_pairs(path, n, seed, fold)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ from loss import inpo_loss, kto_loss, sft_loss, squared_error
 from model import Denoiser
 from system import processes
 from system.lock import alone
-from training import card, folder, guard, lora
+from training import cache, card, folder, guard, lora
 from training.latents import draw_timesteps, generators, latents
 from training.plan import Plan, asked, check, describe
 from training.run import Run
@@ -68,11 +68,12 @@ def train(args: Namespace, plan: Plan, stop: processes.Stop):
     pipeline = lora.load_start(args, plan.dtype)
     run = open_run(args, plan, pipeline, stop)
     engine, reference = start_engine(pipeline, args, plan.ds_config)
-    abar = model.alphas_cumprod(pipeline).to(engine.device)
+    abar = model.alphas_cumprod(pipeline)  # on the CPU, as t is: no micro-step waits for the GPU
     predicts = pipeline.scheduler.config.prediction_type
     images, at_once = plan.images_per_pair, plan.world * args.micro_batch
     start = run.resume(engine)
-    batches = read_batches(args, plan, start)
+    encoder = cache.open_encoder(args, plan, pipeline, run, engine, start)
+    batches = read_batches(args, plan, encoder.pairs, start)
     run.show(engine, pipeline, start)  # of a resumed run again: the kill may have come before
 
     for step in range(start, args.steps):
@@ -82,11 +83,10 @@ def train(args: Namespace, plan: Plan, stop: processes.Stop):
             # 1. Draw pairs; winner and loser share the prompt and the timestep.
             batch = next(batches)
             noise = generators(args.seed, batch["n"])[: images * args.micro_batch]
-            x0 = model.encode_images(pipeline, batch["pixels"][: len(noise)], noise)
-            cond = model.encode_prompts(pipeline, batch["captions"], plan.resolution)
-            cond = model.repeat(cond, images)
+            x0 = encoder.images(batch["pixels"][: len(noise)], noise)
+            cond = model.repeat(encoder.prompts(batch["captions"]), images)
             t = draw_timesteps(args.seed, batch["n"], at_once, plan.strata, plan.timesteps)
-            t = t.repeat(images).to(engine.device)
+            t = t.repeat(images)
 
             # 2. Invert x0 -> xt with the policy (baselines: add noise); tau explains xt.
             policy = Denoiser(engine, cond, abar, predicts)
@@ -136,15 +136,13 @@ def open_run(args: Namespace, plan: Plan, pipeline, stop: processes.Stop) -> Run
     return Run(args, settings, facts, guard.limit(plan.ds_config), stop)
 
 
-def read_batches(args: Namespace, plan: Plan, start: int):
+def read_batches(args: Namespace, plan: Plan, pairs: data.Pairs, start: int):
     """The batches of this rank from step `start` to the end."""
-    pairs = data.Pairs(
-        plan.pairs, plan.resolution, args.seed, args.crop, args.flip, args.caption_dropout
-    )
+    workers = 0 if args.cache_latents else args.workers  # a worker would import the encoders
     return iter(
         data.loader(
             pairs, start, args.steps, dist.get_rank(), plan.world, args.micro_batch,
-            plan.accumulation, args.workers,
+            plan.accumulation, workers,
         )
     )  # fmt: skip
 

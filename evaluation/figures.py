@@ -198,3 +198,39 @@ def trajectories(panels: list[dict], path: str | Path, title: str = "", columns:
     figure.suptitle(printable(title), fontsize=13, parse_math=False)  # "$" may be in a name
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+# --------------------------------------------------------------------------------------------------
+# Bars: what a whole is made of.
+
+
+def bars(panels: list[dict], path: str | Path, title: str = "") -> None:
+    """Draw panels of horizontal bars into one PNG, a bar in coloured parts, its sum at its end.
+
+    A panel has "title", "x" (a label with its unit) and "bars": {name: {part: length}}, from the
+    top. All bars have the same parts, in one order."""
+    from matplotlib.figure import Figure
+
+    rows = sum(1.6 + 0.45 * len(panel["bars"]) for panel in panels)
+    figure = Figure(figsize=(8, rows), layout="constrained")
+    heights = [1 + len(panel["bars"]) for panel in panels]
+    places = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights).ravel()
+    for panel, axes in zip(panels, places, strict=True):
+        left = dict.fromkeys(panel["bars"], 0.0)
+        for i, part in enumerate(next(iter(panel["bars"].values()), {})):
+            lengths = {name: parts[part] for name, parts in panel["bars"].items()}
+            axes.barh(
+                [*lengths], [*lengths.values()], left=[*left.values()], color=f"C{i}", label=part
+            )
+            left = {name: left[name] + length for name, length in lengths.items()}
+        for i, total in enumerate(left.values()):
+            axes.text(total, i, f" {total:.2f}", va="center", fontsize=9)
+        axes.invert_yaxis()
+        axes.margins(x=0.08)
+        axes.set_title(panel["title"], loc="left", fontsize=11, fontweight="bold")
+        axes.set_xlabel(panel["x"])
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*places[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.suptitle(printable(title), fontsize=13, parse_math=False)  # "$" may be in a name
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

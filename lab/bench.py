@@ -1,13 +1,20 @@
-"""Speed, memory and cost of one InPO training step, on one device, at random weights.
+"""Speed, memory and cost of InPO's training step, by variant and by part, on one device.
 
-    python -m lab.bench --model sdxl --peak-tflops 989 --out bench-sdxl.md  # H200: 989 dense, bf16
-    python -m lab.bench --model sdxl --compile --repeats 3 --out bench-sdxl-compile.md
-    python -m lab.bench --model tiny                                        # a laptop, minutes
+    python -m lab.bench --model tiny mid                      # two cores, 5 minutes  (make bench)
+    python -m lab.bench --model sdxl --report docs/speed.md   # a GPU, random weights, no network
+    python -m lab.bench --model sdxl --compile --micro-batch 8
 
-No weights and no hub are needed: UNets are built from their configuration, latents and conditioning
-are random. Timed is the code that trains: ddim_invert, Denoiser, squared_error, inpo_loss. A
-timing is a ratio within one run; its seconds belong to the hardware and versions printed with them.
-They are those of a plain process: without other ranks and clipping, gradients in the UNet's dtype.
+Variants are timed in turn, A B C A B C, in one process. A figure that counts is a ratio of two
+variants within a repeat; seconds belong to the machine, and stand there to show their size.
+
+    released     as the released script trains: one pair a micro-step, its own inversion, the policy
+                 in fp32 (on a GPU under fp16 autocast, beside a reference in fp16)
+    uniform      the paper's path, a micro-batch of pairs, the policy in --dtype
+    log-sigma    our path, the same otherwise
+
+Timed is the code that trains: encode_images, encode_prompts, latents, Denoiser, squared_error,
+inpo_loss, then AdamW on fp32 weights. The presets are built from their configurations. "mid" is
+SD1.5 at about a third of its widths, at 256 px. It is a plain process: no engine, no other ranks.
 """
 
 import argparse
@@ -20,20 +27,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("lab.bench", __doc__)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     # fmt: off
-    add("--model", default="sdxl", help="sdxl, sd15, tiny, or a folder in diffusers layout")
+    add("--model", nargs="+", default=["sdxl"], metavar="NAME",
+        help="sdxl, sd15, mid, tiny, or folders in diffusers layout")
     add("--dtype", choices=("bf16", "fp16", "fp32"),
-        help="of the UNets; if not given: bf16 on a GPU, fp32 on a CPU")
-    add("--micro-batch", type=int, metavar="PAIRS", help="if not given: 4, for sd15 and tiny 16")
-    add("--inversion-steps", type=int, default=10, metavar="N",
-        help="cells of the inversion's grid")
-    add("--eta", type=float, default=0.1, help="noise injected while inverting, 0 to 1")
-    add("--gradient-checkpointing", action=switch,
-        help="in micro-steps; if not given: not for tiny")
-    add("--compile", action="store_true", help="torch.compile both UNets; warm-up takes minutes")
-    add("--repeats", type=int, default=5, metavar="N", help="timed runs of each row")
-    add("--warmup-repeats", type=int, default=1, metavar="N", help="untimed ones before them")
-    add("--peak-tflops", type=float, metavar="N", help="the GPU's dense peak in this dtype")
-    add("--out", type=Path, metavar="FILE", help="Markdown file for the report")
+        help="of our UNets; if not given: bf16 on a GPU, fp32 on a CPU")
+    add("--micro-batch", type=int, metavar="PAIRS",
+        help="of our variants; if not given the recipe's (mid: 4)")
+    add("--lora-rank", type=int, default=0, metavar="R",
+        help="train adapters of this rank in our variants; the reference is the UNet without them")
+    add("--gradient-checkpointing", action=switch, help="if not given: for sdxl and sd15")
+    add("--compile", action="store_true", help="torch.compile our UNets; warm-up takes minutes")
+    add("--repeats", type=int, metavar="N",
+        help="timed runs of each variant (if not given: tiny 5, others 3)")
+    add("--out", type=Path, default=Path("out/bench"), metavar="FOLDER",
+        help="of speed.json and speed.png")
+    add("--report", type=Path, metavar="FILE", help="Markdown file, whose sections are replaced")
     # fmt: on
     return parser.parse_args(argv)
 
@@ -43,208 +51,303 @@ if __name__ == "__main__":
 
 import copy
 import datetime
+import io
+import json
 import os
 import platform
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 
+import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from invert import ddim_invert
+import data
+import model
+from evaluation import figures, tables
+from lab import architectures
 from loss import inpo_loss, squared_error
-from model import Denoiser, count_parameters
-from system import hub
-from system.files import UserError, write
-from training.budget import build, call_flops, calls_per_image, random_inputs
+from model import Denoiser
+from system.files import UserError, write, write_section
+from training import lora
+from training.budget import call_flops, calls_per_image
+from training.latents import generators, inversion_calls, latents
+from training.recipes import INVERSION_STEPS
 
-# -------------------------------------------------------------------------------------------------
-# The models: the public UNet configurations; what is not said is diffusers' default.
-
-SDXL = {  # stabilityai/stable-diffusion-xl-base-1.0: 2,567,463,684 parameters
-    "sample_size": 128, "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048, "use_linear_projection": True,
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
-SD15 = {  # stable-diffusion-v1-5/stable-diffusion-v1-5: 859,520,964 parameters
-    "sample_size": 64, "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "attention_head_dim": 8, "cross_attention_dim": 768,
-}  # fmt: skip
-CONFIGS, TIMESTEPS = {"sdxl": SDXL, "sd15": SD15}, 1000
-RECIPE_PAIRS = 400 * 1024  # of the published run: optimizer steps x pairs, for both models
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def read_config(name: str) -> dict:
-    """The UNet configuration of a preset or a folder. Raises UserError."""
-    if name == "tiny" and not Path(hub.PRESETS[name]).is_dir():
-        raise UserError("--model tiny: assets/tiny-sdxl is not there; name a folder.")
-    config = CONFIGS.get(name) or hub.read_config(name, "unet")
-    if name not in CONFIGS and config.get("_class_name") != UNet2DConditionModel.__name__:
-        raise UserError(f"--model {name}: is no UNet2DConditionModel, nor has one.")
-    return config
-
+PARTS = "encoders", "inversion", "reference", "forward", "backward", "optimizer"
+# A repeat takes a variant through these of the ten cells of t. On the paper's grid they cost what
+# the mean over t costs; the time of other inversions is scaled by the calls that t has on average.
+CELLS, GRID, TIMESTEPS = (2, 7), 10, 1000
+LARGE = "sdxl", "sd15"
+PAIRS = {"sdxl": 4, "mid": 4}  # of a micro-step; 16 of other models
+UPDATE = {"sdxl": 128, "sd15": 128}  # pairs of an update on one of eight devices; 16 of others
+RECIPE_PAIRS = 400 * 1024  # of the published run, for both models
 
 # -------------------------------------------------------------------------------------------------
-# What is timed. A repeat is one pass over all rows, so that a slow minute hits them alike; in it a
-# row runs once in every cell of the grid, and takes the mean.
+# What is timed.
 
 
 @dataclass
-class Row:
+class Variant:
     name: str
-    work: float  # UNet calls an image needs; a backward counts two, recomputed forwards nothing
-    action: Callable[[int], object]  # of the cell that the timesteps lie in
-    checkpointing: bool = False  # of the policy's activations
-    seconds: list[float] | None = field(default_factory=list)  # by repeat; None: out of memory
-    memory: int = 0  # peak bytes in the warm-up; 0: no GPU
+    spacing: str  # of the inversion
+    pairs: int  # of a micro-step
+    policy: torch.nn.Module
+    reference: Callable
+    dtype: torch.dtype  # of what the UNets are given
+    cast: bool = False  # the policy's weights are fp32, and autocast computes in dtype
+    parts: list[dict[str, float]] = field(default_factory=list)  # seconds a pair; one per repeat
+    memory: int = 0  # peak bytes of a micro-step beyond what lay there before; 0: no GPU
+    failed: bool = False  # the GPU's memory was too small
+
+    @property
+    def settings(self) -> Namespace:
+        """Those of train_inpo.py that `latents` reads."""
+        steps = INVERSION_STEPS[self.spacing]
+        path = {"inversion_spacing": self.spacing, "inversion_steps": steps}
+        return Namespace(method="inpo", inverter="policy", eta=0.1, **path)
+
+    def calls(self) -> dict[str, float]:
+        """UNet calls an image needs, by purpose; a backward counts two."""
+        inverting = inversion_calls(self.settings, range(GRID))
+        return calls_per_image("inpo", inverting, lora.attached(self.policy))
+
+    def seconds(self) -> list[float]:
+        return [sum(parts.values()) for parts in self.parts]
+
+
+class Clock:
+    """Seconds by part. It waits for the device, so that a part ends where its work does."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.parts = device, dict.fromkeys(PARTS, 0.0)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.parts[part] += time.perf_counter() - start
+
+
+def micro_step(variant: Variant, pipeline, pixels, captions: list[str], cell: int, clock: Clock):
+    """One micro-step, as train() of train_inpo.py takes it. pixels: uint8, winners first."""
+    abar = model.alphas_cumprod(pipeline).to(pixels.device)
+    noise = generators(0, range(variant.pairs))
+    t = cell * TIMESTEPS // GRID + torch.randint(TIMESTEPS // GRID, (variant.pairs,))
+    t = t.repeat(2).to(pixels.device)
+    cast = torch.autocast(pixels.device.type, variant.dtype, enabled=variant.cast)
+    with clock("encoders"):
+        x0 = model.encode_images(pipeline, pixels, noise)
+        cond = model.encode_prompts(pipeline, captions, pixels.shape[-1])
+        cond = in_dtype(model.repeat(cond), variant.dtype)
+    policy = Denoiser(variant.policy, cond, abar)
+    frozen = torch.no_grad()(Denoiser(variant.reference, cond, abar))
+    with clock("inversion"), cast:
+        xt, tau = latents(variant.settings, policy, frozen, x0, t, abar, noise)
+    with clock("reference"):
+        err_ref = squared_error(frozen(xt, t), tau)
+    with clock("forward"), cast:
+        losses, _ = inpo_loss(squared_error(policy(xt, t), tau), err_ref, beta=1000.0)
+    with clock("backward"):
+        losses.mean().backward()
+
+
+def in_dtype(cond: dict, dtype: torch.dtype) -> dict:
+    return {
+        key: in_dtype(value, dtype) if isinstance(value, dict) else value.to(dtype)
+        for key, value in cond.items()
+    }
 
 
 def adamw(weights: list[torch.nn.Parameter]) -> Callable[[], None]:
-    """A step of AdamW on fp32 master weights; those of half precision are a copy, made by the first
-    step, as are the two moments."""
-    state = []
+    """A step of AdamW on fp32 weights; those of half precision are a copy of these."""
+    masters = [weight.detach().float().requires_grad_(True) for weight in weights]
+    optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=True)
 
     @torch.no_grad()
     def step():
-        if not state:
-            state.append([weight.detach().float() for weight in weights])
-            state.append(torch.optim.AdamW(state[0], lr=1e-5, fused=True))
-        masters, optimizer = state
         for weight, master in zip(weights, masters, strict=True):
-            master.grad, weight.grad = weight.grad.float(), None
+            master.grad = torch.zeros_like(master) if weight.grad is None else weight.grad.float()
         optimizer.step()
-        optimizer.zero_grad()
-        if weights[0].dtype != torch.float32:
-            torch._foreach_copy_(weights, masters)
+        torch._foreach_copy_(weights, masters)
 
     return step
 
 
-def rows_of(args: argparse.Namespace, policy: UNet2DConditionModel) -> list[Row]:
-    """The rows of the table, in the order they must run: the last one brings the optimizer."""
-    reference = copy.deepcopy(policy).requires_grad_(False)
+def variants_of(args: Namespace, name: str, unet: torch.nn.Module) -> list[Variant]:
+    """The variants of one model, ours sharing their policy and reference."""
+    gpu, ours_in = unet.device.type == "cuda", DTYPES[args.dtype]
+    theirs_in = torch.float16 if gpu else torch.float32
+    cast = torch.nn.Module.to  # diffusers' own warns of a case that these UNets are not
+    theirs = cast(copy.deepcopy(unet), torch.float32).requires_grad_(True)
+    frozen = cast(copy.deepcopy(unet), theirs_in).requires_grad_(False)
+    ours = cast(unet, ours_in).requires_grad_(True)
+    reference = copy.deepcopy(ours).requires_grad_(False)
+    if args.lora_rank:
+        lora.attach(ours, args.lora_rank, args.lora_rank)
+        reference = lora.AdapterOff(ours)
+    if args.gradient_checkpointing or (args.gradient_checkpointing is None and name in LARGE):
+        theirs.enable_gradient_checkpointing()
+        ours.enable_gradient_checkpointing()
     if args.compile:
-        policy.compile()
-        reference.compile()
-    x0, cond = random_inputs(policy, args.micro_batch)
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, device=x0.device).square()
-    abar, cells = (1 - betas).cumprod(0), range(args.inversion_steps)
-    width = TIMESTEPS // len(cells)
-    t = [torch.randint(width, (args.micro_batch,)) + k * width for k in cells]
-    t = [one.repeat(2).to(x0.device) for one in t]
-    noise = [torch.Generator().manual_seed(i) for i in range(len(x0))]  # CPU's, as train_inpo.py's
-    step = adamw(list(policy.parameters()))
-    eps = Denoiser(policy, cond, abar)
-    eps_ref = torch.no_grad()(Denoiser(reference, cond, abar))
-
-    def invert(k):
-        return ddim_invert(eps, x0, t[k], abar, len(cells), args.eta, noise)
-
-    def micro_step(k):
-        xt, tau = invert(k)
-        err_ref, err = squared_error(eps_ref(xt, t[k]), tau), squared_error(eps(xt, t[k]), tau)
-        inpo_loss(err, err_ref, beta=5000.0)[0].mean().backward()
-
-    def forward_backward(k):
-        squared_error(eps(x0, t[k]), x0).mean().backward()
-
-    forward = torch.no_grad()(lambda k: eps(x0, t[k]))
-    calls, saves = calls_per_image("inpo", [k + 1 for k in cells]), args.gradient_checkpointing
-    all_calls = sum(calls.values())
-    how = "checkpointing" if saves else "no checkpointing"
+        ours.compile()
+        if not args.lora_rank:
+            reference.compile()
+    pairs = args.micro_batch or PAIRS.get(name, 16)
     return [
-        Row("UNet forward, no grad", 1, forward),
-        Row("forward + backward", calls["to train"], forward_backward),
-        Row("forward + backward, checkpointing", calls["to train"], forward_backward, True),
-        Row(f"DDIM inversion, mean of {len(cells)} cells", calls["to invert"], invert),
-        Row(f"micro-step, {how}", all_calls, micro_step, saves),
-        Row("micro-step + AdamW", all_calls, lambda k: (micro_step(k), step()), saves),
+        Variant("released", "released", 1, theirs, frozen, theirs_in, cast=gpu),
+        Variant("uniform", "uniform", pairs, ours, reference, ours_in),
+        Variant("log-sigma", "log-sigma", pairs, ours, reference, ours_in),
     ]
 
 
-def measure(rows: list[Row], policy: UNet2DConditionModel, cells: int, warmup: int, repeats: int):
-    """Fill in seconds and memory; a row that ever runs out of the GPU's memory keeps no seconds."""
-    gpu = policy.device.type == "cuda"
-    wait = torch.cuda.synchronize if gpu else lambda: None
-    policy.enable_gradient_checkpointing()
-    switches = [m for m in policy.modules() if hasattr(m, "gradient_checkpointing")]
-    total = cells * sum(row.work for row in rows) * (warmup + repeats)
-    bar = tqdm(total=total, unit="call", unit_scale=True, dynamic_ncols=True)
-    for i in range(warmup + repeats):
-        for row in rows:
-            bar.set_description(row.name)
-            policy.zero_grad(set_to_none=True)  # no row inherits gradients
-            for module in switches:  # enabling anew would make a new function, and a new graph
-                module.gradient_checkpointing = row.checkpointing
-            if gpu and i == 0:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            wait()
-            start = time.perf_counter()
-            try:
-                for cell in range(cells if row.seconds is not None else 0):
-                    row.action(cell)
-                wait()
-                if i >= warmup and row.seconds is not None:
-                    row.seconds.append((time.perf_counter() - start) / cells)
-            except torch.OutOfMemoryError:
-                row.seconds = None
-            if gpu and i == 0:
-                row.memory = torch.cuda.max_memory_allocated()
-            bar.update(row.work * cells)
+@dataclass
+class Found:
+    """What was measured of one model."""
+
+    name: str
+    device: torch.device
+    variants: list[Variant]
+    data: float  # seconds a pair of a loader's worker, on one core
+    flops: dict[str, float]  # of the encoders for a pair, and of a UNet call of one image
+    rates: dict[torch.dtype, list[float]]  # FLOP/s of a large product; one per repeat
+
+    def ratios(self, a: Variant, b: Variant) -> list[float]:
+        """How many pairs a takes while b takes one, repeat by repeat."""
+        return [y / x for x, y in zip(a.seconds(), b.seconds(), strict=True)]
+
+    def shares(self, variant: Variant) -> list[float]:
+        """Of the rate of a large product, in what the step needs: recomputing counts nothing."""
+        needed = self.flops["encoders"] + 2 * sum(variant.calls().values()) * self.flops["call"]
+        rates = zip(variant.seconds(), self.rates[variant.dtype], strict=True)
+        return [needed / seconds / rate for seconds, rate in rates]
+
+
+def measure(args: Namespace, name: str, device: torch.device) -> Found:
+    """Time the variants of one model in turn."""
+    gpu = device.type == "cuda"
+    dtype = torch.float16 if gpu else torch.float32  # of the encoders
+    if name in architectures.CONFIGS:
+        pipeline = architectures.build(name, device, dtype)
+    else:
+        pipeline = model.load_pipeline(name, dtype=dtype).to(device)
+    unet = pipeline.unet
+    resolution = unet.config.sample_size * pipeline.vae_scale_factor
+    variants = variants_of(args, name, unet)
+    captions = [f"a red circle on a gray background {k}" for k in range(variants[-1].pairs)]
+    shape = (2, len(captions), 3, resolution, resolution)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
+    with FlopCounterMode(display=False) as counter:
+        model.encode_images(pipeline, pixels[:, 0])
+        model.encode_prompts(pipeline, captions[:1], resolution)
+    flops = {"encoders": counter.get_total_flops(), "call": call_flops(unet.config)}
+    rates = {variant.dtype: [] for variant in variants}
+    found = Found(name, device, variants, data_seconds(resolution), flops, rates)
+
+    repeats = args.repeats or (5 if name == "tiny" else 3)
+    work = sum(2 * v.pairs * sum(v.calls().values()) * len(CELLS) for v in variants)
+    bar = tqdm(total=round(work * (repeats + 1)), unit="call", unit_scale=True)
+    for _ in range(repeats + 1):  # the first one is the warm-up
+        for dtype in rates:
+            rates[dtype].append(product_rate(device, dtype))
+        for variant in variants:
+            bar.set_description(f"{name}, {variant.name}")
+            some = pixels[:, : variant.pairs].flatten(0, 1), captions[: variant.pairs]
+            timed(variant, pipeline, *some)
+            bar.update(round(2 * variant.pairs * sum(variant.calls().values()) * len(CELLS)))
     bar.close()
+    for variant in variants:
+        del variant.parts[:1]
+    for dtype in rates:
+        del rates[dtype][:1]
+    time_optimizers(variants, UPDATE.get(name, 16))
+    return found
+
+
+def timed(variant: Variant, pipeline, pixels: torch.Tensor, captions: list[str]):
+    """Take the variant through CELLS once, and append what its parts took."""
+    if variant.failed:
+        return
+    gpu, clock = pixels.device.type == "cuda", Clock(pixels.device)
+    before = 0
+    if gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    try:
+        for cell in CELLS:
+            micro_step(variant, pipeline, pixels, captions, cell, clock)
+            variant.policy.zero_grad(set_to_none=True)
+    except torch.OutOfMemoryError:
+        variant.failed = True
+        return
+    variant.memory = torch.cuda.max_memory_allocated() - before if gpu else 0
+    made = fmean(inversion_calls(variant.settings, CELLS))
+    clock.parts["inversion"] *= variant.calls()["to invert"] / made
+    pairs = variant.pairs * len(CELLS)
+    variant.parts.append({part: seconds / pairs for part, seconds in clock.parts.items()})
+
+
+def time_optimizers(variants: list[Variant], pairs: int):
+    """Add AdamW's step, a share for each of the pairs of an update; its state is there for one
+    policy at a time."""
+    for policy in {id(v.policy): v.policy for v in variants if not v.failed}.values():
+        mine = [v for v in variants if v.policy is policy and not v.failed]
+        clock = Clock(next(policy.parameters()).device)
+        step = adamw([weight for weight in policy.parameters() if weight.requires_grad])
+        step()
+        for i in range(len(mine[0].parts)):
+            with clock("optimizer"):
+                step()
+            for variant in mine:
+                variant.parts[i]["optimizer"] = clock.parts["optimizer"] / pairs
+            clock.parts["optimizer"] = 0.0
+        del step
+        policy.zero_grad(set_to_none=True)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of three."""
+    n, best = (8192 if device.type == "cuda" else 2048), float("inf")
+    a = torch.randn(n, n, device=device).to(dtype)
+    for _ in range(3):
+        clock = Clock(device)
+        with clock("forward"):
+            a @ a
+        best = min(best, clock.parts["forward"])
+    return 2 * n**3 / best
+
+
+def data_seconds(resolution: int, pairs: int = 4) -> float:
+    """Seconds a pair, on one core, of decoding two JPEGs half as large again, and of collating."""
+    coarse = np.random.default_rng(0).integers(0, 256, (resolution // 8, resolution // 8, 3))
+    image = Image.fromarray(coarse.astype(np.uint8)).resize((3 * resolution // 2,) * 2)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    pair = {"jpg_0": file.getvalue(), "jpg_1": file.getvalue(), "label_0": 1.0, "caption": ""}
+    start, items = time.perf_counter(), []
+    for n in range(pairs):
+        winner, loser, caption = data.read_pair(pair, resolution)
+        item = {"winner": winner, "loser": loser, "caption": caption}
+        items.append(item | {"n": n, "row": n, "broken": []})
+    data.collate(items)
+    return (time.perf_counter() - start) / pairs
 
 
 # -------------------------------------------------------------------------------------------------
 # The report.
-
-
-def device_hours(seconds: float, pairs: int) -> float:
-    """Hours of one device for all pairs of the published recipe, at `seconds` per `pairs`."""
-    return RECIPE_PAIRS / pairs * seconds / 3600
-
-
-def table(rows: list[Row], images: int, flops: float, peak_tflops: float | None = None) -> str:
-    """The rows in Markdown. flops: of a UNet call. FLOP/s and memory only where memory is known."""
-
-    def ratio(row: Row, unit: Row) -> float:  # within a repeat, whose rows share a slow minute
-        return median(a / b for a, b in zip(row.seconds, unit.seconds, strict=True))
-
-    def cells(row: Row) -> dict[str, str]:
-        if row.seconds is None:
-            return {"": row.name, "seconds": "out of memory"}
-        each, low, high = (of(row.seconds) for of in (median, min, max))
-        rate = row.work * images * flops / each / 1e12
-        found = {"": row.name, "seconds": f"{each:.4g}", "min-max": f"{low:.4g}-{high:.4g}"}
-        found |= {"images/s": f"{images / each:.4g}", "in calls": f"{ratio(row, rows[0]):.2f}"}
-        found |= {"needed": f"{row.work:g}"}
-        found |= {"of micro-step": f"{ratio(row, rows[4]):.1%}" if rows[4].seconds else ""}
-        if row.memory:
-            found |= {"TFLOP/s": f"{rate:.3g}"}
-            found |= {"of peak": f"{rate / peak_tflops:.1%}" if peak_tflops else ""}
-            found |= {"peak GiB": f"{row.memory / 2**30:.2f}"}
-        return found
-
-    found = [cells(row) for row in rows]
-    heads = list(max(found, key=len))
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
-    lines += [[row.get(head, "") for head in heads] for row in found]
-    name, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
-    lines = [[line[0].ljust(name), *map(str.rjust, line[1:], widths)] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def hardware(device: torch.device) -> str:
@@ -255,101 +358,141 @@ def hardware(device: torch.device) -> str:
     return f"{name[1] if name else platform.processor()}, {torch.get_num_threads()} thread(s)"
 
 
-def report(args: argparse.Namespace, argv: list[str], rows: list[Row], policy) -> str:
-    """The page that is printed, and written to --out."""
-    pairs, flops, step = args.micro_batch, call_flops(policy.config), rows[4].seconds
-    compiled = ", compiled" if args.compile else ""
-    unit = "GPU" if policy.device.type == "cuda" else "CPU"
-    projection = "None: the micro-step ran out of memory; lower --micro-batch."
-    if step:
-        hours, low, high = (f"{device_hours(of(step), pairs):,.4g}" for of in (median, min, max))
-        projection = f"""\
-The published recipe sees {RECIPE_PAIRS:,} pairs, 400 steps of 1024. At {median(step):.4g} s for
-every {pairs} of them, this model on this device would take
-**{hours} {unit}-hours** ({low} to {high}).
-Not in it: VAE and text encoders, reading of data, optimizer steps, traffic between devices."""
-    parameters = count_parameters(policy.config) / 1e6
-    return f"""\
-# One InPO training step: {args.model}, {pairs} pairs
+def of(values: list[float], form: str = ".3g", unit: float = 1) -> str:
+    """`median (lowest to highest)` of the repeats."""
+    middle, low, high = (unit * function(values) for function in (median, min, max))
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
-    {shlex.join(["python", "-m", "lab.bench", *argv])}
 
-{datetime.date.today()}, {hardware(policy.device)}, torch {torch.__version__}.
-UNet of {parameters:,.1f} M parameters, random, {args.dtype}{compiled}.
-A call is the forward of one image, {flops / 1e9:,.4g} GFLOP.
-Inversion on a grid of {args.inversion_steps}, eta {args.eta:g}.
-Medians of {args.repeats} repeat(s) after {args.warmup_repeats} of warm-up.
+def heading(args: Namespace, found: Found) -> str:
+    options = [args.dtype, *(["compiled"] if args.compile else [])]
+    options += [f"LoRA of rank {args.lora_rank}"] if args.lora_rank else []
+    where = "a GPU" if found.device.type == "cuda" else "a CPU"
+    return f"A training step of {found.name} on {where}: {', '.join(options)}"
 
-{table(rows, 2 * pairs, flops, args.peak_tflops)}
 
-"In calls" is a time over that of the first row, repeat by repeat. "Needed" are the calls of the
-work itself: a backward is two, a recomputed activation none; TFLOP/s count these. Memory, where
-shown, holds policy and reference in every row, gradients after a backward, and AdamW's state in the
-last. Compare ratios; seconds belong to the machine and the versions above.
+def section(args: Namespace, argv: list[str], found: Found) -> str:
+    """The section of docs/speed.md."""
+    rows, parts = [], []
+    base = found.variants[0]
+    for v in found.variants:
+        calls = f"{sum(v.calls().values()):g}"
+        if v.failed:
+            rows.append([v.name, f"{v.pairs}", calls, "out of memory", "", "", ""])
+            parts.append([v.name, "out of memory", *("" for _ in PARTS)])
+            continue
+        row = [v.name, f"{v.pairs}", calls, of([1 / s for s in v.seconds()])]
+        row.append("" if base.failed else of(found.ratios(v, base), ".2f"))
+        row.append(of(found.shares(v), ".0f", 100))
+        rows.append([*row, f"{v.memory / 2**30:.1f}" if v.memory else ""])
+        total = median(v.seconds())
+        split = [median(part[key] for part in v.parts) / total for key in PARTS]
+        parts.append([v.name, f"{total:.3g}", *(f"{100 * share:.0f}" for share in split)])
+    heads = ["variant", "pairs at once", "calls an image", "pairs/s", "times released"]
+    heads += ["% of the product's rate", "GiB beside weights"]
+    if not any(v.memory for v in found.variants):
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
+    rate = median(found.rates[found.variants[-1].dtype]) / 1e12
+    last, repeats = found.variants[-1], len(found.variants[-1].parts)
+    after = f"Beside it, in a loader's worker: {1000 * found.data:.3g} ms a pair on one core.\n"
+    if found.name in LARGE and not last.failed:
+        hours = RECIPE_PAIRS * median(last.seconds()) / 3600
+        after += (
+            f"\nAt this pace the {RECIPE_PAIRS:,} pairs of the published recipe would take "
+            f"{hours:,.0f} device-hours on the log-sigma path (computed).\n"
+        )
+    return (
+        f"```\n{shlex.join(['python', '-m', 'lab.bench', *argv])}\n```\n\n"
+        f"{datetime.date.today()}, {hardware(found.device)}, torch {torch.__version__}. A UNet "
+        f"call is {found.flops['call'] / 1e9:,.4g} GFLOP an image, VAE and text encoders "
+        f"{found.flops['encoders'] / 1e9:,.4g} a pair. A large product ran at {rate:,.3g} TFLOP/s. "
+        f"Medians of {repeats} repeat(s), in parentheses the lowest and the highest:\n\n"
+        f"{tables.markdown(heads, rows)}\n"
+        f"Seconds a pair, and what the parts take of them, in %:\n\n"
+        f"{tables.markdown(['variant', 's', *PARTS], parts)}\n"
+        f"{after}"
+    )
 
-## A projection, not a measurement
 
-{projection}
-"""
+def as_json(args: Namespace, argv: list[str], found: Found) -> dict:
+    about = {"model": found.name, "argv": argv, "date": str(datetime.date.today())}
+    about |= {"hardware": hardware(found.device), "torch": torch.__version__}
+    about |= {"dtype": args.dtype, "data_seconds_a_pair": found.data}
+    variants = [
+        {"name": v.name, "pairs": v.pairs, "failed": v.failed, "memory": v.memory, "parts": v.parts}
+        for v in found.variants
+    ]
+    return about | {"variants": variants}
+
+
+def picture(every: list[Found], file: Path):
+    """A bar for each variant, in parts: seconds a pair over the released one's."""
+    panels = []
+    for found in every:
+        unit = median(found.variants[0].seconds()) if not found.variants[0].failed else 1
+        bars = {
+            v.name: {part: median(p[part] for p in v.parts) / unit for part in PARTS}
+            for v in found.variants
+            if not v.failed
+        }
+        panels.append({"title": found.name, "x": "time a pair, released = 1", "bars": bars})
+    figures.bars(panels, file, "A training step, by part")
 
 
 # -------------------------------------------------------------------------------------------------
 # The program.
 
 
-def check(args: argparse.Namespace, gpu: bool):
-    """Fill in what depends on model and device. Raises UserError."""
-    if args.micro_batch is None:
-        args.micro_batch = 16 if args.model in ("sd15", "tiny") else 4
+def check(args: Namespace, gpu: bool):
+    """Fill in what depends on the device. Raises UserError."""
     args.dtype = args.dtype or ("bf16" if gpu else "fp32")
-    if args.gradient_checkpointing is None:
-        args.gradient_checkpointing = args.model != "tiny"
-    for flag in ("micro_batch", "repeats", "warmup_repeats"):
-        if getattr(args, flag) < 1:
+    for flag in ("micro_batch", "repeats"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1.")
-    steps = args.inversion_steps
-    if steps < 1 or TIMESTEPS % steps:
-        raise UserError(f"--inversion-steps {steps} must divide the {TIMESTEPS} timesteps.")
-    if not 0 <= args.eta <= 1:
-        raise UserError(f"--eta {args.eta:g} must lie between 0 and 1.")
-    if args.peak_tflops is not None and (not gpu or args.peak_tflops <= 0):
-        raise UserError("--peak-tflops must be positive, and needs a GPU.")
-    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
-        raise UserError(f"--out {args.out} must be a file in a folder that exists.")
+    if args.report and not args.report.is_file():
+        raise UserError(f"--report {args.report}: must be a Markdown file that exists.")
+    for name in args.model:
+        config = architectures.read_config(name)
+        if not gpu:
+            check_memory(name, model.count_parameters(config))
 
 
-def check_memory(model: str, parameters: int):
+def check_memory(name: str, parameters: int):
     """Raises UserError where a CPU's memory is surely too small: the kernel would kill the program.
-    In fp32 policy, reference, gradients and AdamW's two moments are 20 bytes a parameter."""
-    need, there = 20 * parameters, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    In fp32 two policies, two references, gradients and AdamW's two moments are 28 bytes a
+    parameter."""
+    need, there = 28 * parameters, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > there:
         raise UserError(
-            f"--model {model}: a step on the CPU takes more than {need / 1e9:.0f} GB of memory, "
+            f"--model {name}: a step on the CPU takes more than {need / 1e9:.0f} GB of memory, "
             f"and this machine has {there / 1e9:.0f}; take one with a GPU, or --model tiny."
         )
 
 
-def main(argv: list[str] | None = None) -> list[Row]:
+def main(argv: list[str] | None = None) -> list[Found]:
     with reported("lab.bench"):
         args, gpu = parse(argv), torch.cuda.is_available()
+        argv = sys.argv[1:] if argv is None else argv
         check(args, gpu)
-        config = read_config(args.model)
-        if not gpu:
-            check_memory(args.model, count_parameters(config))
         torch.manual_seed(0)
-        try:
-            policy = build(config, "cuda" if gpu else "cpu", DTYPES[args.dtype])
-            rows = rows_of(args, policy)
-            measure(rows, policy, args.inversion_steps, args.warmup_repeats, args.repeats)
-        except torch.OutOfMemoryError as error:
-            raise UserError("The GPU's memory is too small for this model.") from error
-        if rows[0].seconds is None:
-            raise UserError("A forward exceeds the GPU's memory; lower --micro-batch.")
-        page = report(args, sys.argv[1:] if argv is None else argv, rows, policy)
-        print(page)
-        if args.out:
-            write(args.out, page)
-        return rows
+        device, every = torch.device("cuda" if gpu else "cpu"), []
+        for name in args.model:
+            try:
+                every.append(measure(args, name, device))
+            except torch.OutOfMemoryError as error:
+                raise UserError(f"--model {name}: the GPU's memory is too small.") from error
+            text = section(args, argv, every[-1])
+            print(f"\n## {heading(args, every[-1])}\n\n{text}")
+            if args.report:
+                write_section(args.report, heading(args, every[-1]), text)
+            for variant in every[-1].variants:  # the next model needs their memory
+                variant.policy = variant.reference = None
+        found = [as_json(args, argv, one) for one in every]
+        args.out.mkdir(parents=True, exist_ok=True)
+        write(args.out / "speed.json", json.dumps(found, indent=1) + "\n")
+        picture(every, args.out / "speed.png")
+        print(f"Look at {args.out / 'speed.png'}.")
+        return every
 
 
 if __name__ == "__main__":

@@ -29,10 +29,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("folder", type=Path, help="of a run; without exports the embedded model is judged")
     add("--images", type=int, default=8, metavar="N", help="per prompt")
+    add("--fold", type=int, default=0, help="which quarter of the captions is held out, 0 to 3")
     add("--exports", type=int, nargs="+", metavar="STEP", help="steps to judge (default: all)")
     args = parser.parse_args(argv)
     if args.images < 1:
         parser.error("--images must be at least 1.")
+    if args.fold not in range(4):
+        parser.error("--fold must lie between 0 and 3.")
     return args
 
 
@@ -50,15 +53,17 @@ from system import hub
 from system.lock import alone
 
 
-def held_out(pipeline, count: int) -> tuple[torch.Tensor, dict, torch.Tensor, torch.Tensor]:
+def held_out(
+    pipeline, count: int, fold: int = 0
+) -> tuple[torch.Tensor, dict, torch.Tensor, torch.Tensor]:
     """(xt, cond, t, abar) of held-out drawings with forward noise, the same in every process.
 
     t is evenly spaced over 0..999, in random order. xt: (B, C, h, w), t: (B,), abar: (T,);
     B = count."""
-    captions = (toy.prompts("heldout") * count)[:count]
+    captions = (toy.prompts("heldout", fold) * count)[:count]
     rng, noise = np.random.default_rng(7), torch.Generator().manual_seed(7)
-    pixels = np.stack([np.asarray(toy.draw(caption, rng), np.float32) for caption in captions])
-    pixels = torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2)
+    pixels = np.stack([np.asarray(toy.draw(caption, rng)) for caption in captions])
+    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     seeds = [torch.Generator().manual_seed(k) for k in range(count)]
     x0 = model.encode_images(pipeline, pixels, seeds)
     t = (torch.arange(count) * 1000 // count)[torch.randperm(count, generator=noise)]
@@ -75,12 +80,12 @@ def grain(image: Image.Image) -> float:
 
 
 @torch.no_grad()
-def judge(pipeline, unet, images: int, folder: Path) -> dict:
+def judge(pipeline, unet, images: int, folder: Path, fold: int = 0) -> dict:
     """Scores of a UNet that is put into the pipeline, and its drift from the pipeline's own UNet.
 
     Image k shows prompt k mod P, drawn from seed k. The first image of each prompt is kept."""
-    prompts, start = toy.prompts("heldout"), pipeline.unet
-    xt, cond, t, abar = held_out(pipeline, DRAWINGS)
+    prompts, start = toy.prompts("heldout", fold), pipeline.unet
+    xt, cond, t, abar = held_out(pipeline, DRAWINGS, fold)
     both = [model.predict_noise(u, xt, t, cond, abar) for u in (start, unet)]
     pipeline.register_modules(unet=unet)
     texts = prompts * images
@@ -124,7 +129,7 @@ def exports(folder: Path) -> dict[str, str]:
     return {str(int(path.name[5:])): str(path) for path in found}
 
 
-def measure(folder: Path, images: int, steps: list[int] | None = None):
+def measure(folder: Path, images: int, steps: list[int] | None = None, fold: int = 0):
     """Write folder/measured.json, {images, steps: {step: judge(...)}}, for the exports of these
     steps, or for all; [0] is the model that training started from. Raises UserError."""
     file, paths = folder / "measured.json", exports(folder)
@@ -139,14 +144,14 @@ def measure(folder: Path, images: int, steps: list[int] | None = None):
     for step, path in paths.items():
         if step not in measured["steps"] and (steps is None or int(step) in steps):
             kept = folder / "images" / f"step_{int(step):06d}"
-            measured["steps"][step] = judge(pipeline, model.load_unet(path), images, kept)
+            measured["steps"][step] = judge(pipeline, model.load_unet(path), images, kept, fold)
             write(file, json.dumps(measured))
 
 
 def main(argv: list[str] | None = None):
     args = parse(argv)
     with reported("lab.measure"), alone(args.folder):
-        measure(args.folder, args.images, args.exports)
+        measure(args.folder, args.images, args.exports, args.fold)
 
 
 if __name__ == "__main__":

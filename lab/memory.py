@@ -34,7 +34,8 @@ import deepspeed
 import torch
 
 import model
-from lab.bench import CONFIGS, hardware
+from lab.architectures import CONFIGS
+from lab.bench import hardware
 from loss import inpo_loss, squared_error
 from system.files import UserError, write
 from system.processes import join

@@ -275,7 +275,7 @@ def folders(case: dict, folder: Path) -> str:
         item = pairs[n]
         shade = int(item["caption"].removeprefix("shade "))
         winner, loser = (shade, 255 - shade) if shade % 30 % 2 else (255 - shade, shade)
-        found = [round((float(item[name].mean()) + 1) * 127.5) for name in ("winner", "loser")]
+        found = [round(float(item[name].float().mean())) for name in ("winner", "loser")]
         if found != [winner, loser]:
             return f"mismatch: pair {n}, {item['caption']}, has the shades {found}"
         seen.add(shade)

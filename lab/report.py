@@ -17,7 +17,7 @@ from evaluation.gallery import open_image
 
 
 class Results:
-    """Judgements, each {variant, seed, step, calls, preference, faithfulness, drift}.
+    """Judgements, each {variant, seed, step, calls, preference, faithfulness, grain, drift}.
 
     The base's judgement has the variant "base". prompts: the prompt of each image."""
 
@@ -149,8 +149,10 @@ def wins_table(results: Results, columns: dict[str, int]) -> str:
     return tables.markdown(["model", "against", *heads], rows)
 
 
-def scores_table(results: Results, step: int = -1, variants: list[str] = ()) -> str:
-    """A row for the base and one for each variant; () means all of them."""
+def scores_table(
+    results: Results, step: int = -1, variants: list[str] = (), grain: bool = False
+) -> str:
+    """A row for the base and one for each variant; () means all of them. grain: show it as well."""
     rows = []
     for name in ["base", *(variants or results.variants)]:
         base, drift = name == "base", results.get(name, step, "drift").mean()
@@ -158,8 +160,10 @@ def scores_table(results: Results, step: int = -1, variants: list[str] = ()) -> 
         row.append(cell(results.mean(name, "preference", step), "mean", 1, ".3f"))
         row.append(f"{np.median(results.get(name, step, 'preference')):.3f}")
         row.append(cell(results.mean(name, "faithfulness", step), "mean"))
-        rows.append([*row, "0" if base else f"{drift:.5f}"])
+        row.append("0" if base else f"{drift:.5f}")
+        rows.append([*row, f"{results.get(name, step, 'grain').mean():.4f}"] if grain else row)
     heads = ["wins over base, %", "mean preference", "median", "faithfulness, %", "drift"]
+    heads += ["grain"] if grain else []
     return tables.markdown(["model", *heads], rows)
 
 
@@ -211,6 +215,7 @@ LABELS = {
     "wins": "wins over the base (share of images)",
     "preference": "mean hidden preference",
     "faithfulness": "faithful images (share)",
+    "grain": "grain (mean absolute Laplacian)",
 }
 
 

@@ -3,7 +3,8 @@
     python -m lab.study table       # SFT, DPO, KTO and InPO, three seeds each      (make table)
     python -m lab.study tune        # the settings that were tried for each method  (make tune)
     python -m lab.study ablation    # what the parts of InPO do                     (make ablation)
-    python -m lab.study inversion   # paths of inversion, five seeds               (make inversion)
+    python -m lab.study inversion   # paths of inversion, five seeds
+    python -m lab.study confirm     # the chosen path, on seeds and captions not used before
 
 The same command continues a study; runs that are done are kept. A variant is a line of
 train_inpo.py. In `table` and `tune` all variants take the same number of UNet calls
@@ -34,7 +35,8 @@ CORES = len(os.sched_getaffinity(0))
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("lab.study", __doc__)
     add = parser.add_argument
-    add("study", choices=("table", "tune", "ablation", "inversion"), help="what is trained and compared")
+    studies = "table", "tune", "ablation", "inversion", "confirm"
+    add("study", choices=studies, help="what is trained and compared")
     add("--out", type=Path, metavar="FOLDER", help="of runs and results (default: out/STUDY)")
     add("--jobs", type=int, default=CORES, metavar="N", help="runs at a time")
     args = parser.parse_args(argv)
@@ -87,8 +89,11 @@ class Study:
     variants: list[Variant]
     seeds: list[int]  # of training
     images: int  # drawn per prompt at each judgement
+    fold: int = 0  # of the captions, which alignment never sees (toy.prompts)
 
 
+# The paper's path is named in the studies of its methods, since it is not the tiny model's default.
+PAPER = "--inversion-spacing uniform --inversion-steps 10"
 # Steps of 16 pairs that cost about as many UNet calls as 60 of InPO: 60 x 19, 142 x 8, 380 x 3.
 EQUAL = {"inpo": 60, "dpo": 142, "kto": 142, "sft": 380}
 NAMES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "inpo": "InPO"}
@@ -98,7 +103,8 @@ def table_study() -> Study:
     """Four methods, judged early as well: each leaves the base in a way of its own."""
     judged = {"inpo": (2, 4, 6, *range(10, 60, 10)), "sft": (10, 20, 40, *range(60, 380, 60))}
     judged["dpo"] = judged["kto"] = (5, 10, *range(20, 142, 20))
-    variants = [Variant(NAMES[m], f"--method {m}", (*judged[m], EQUAL[m])) for m in NAMES]
+    flags = {m: f"--method {m}" + (f" {PAPER}" if m == "inpo" else "") for m in NAMES}
+    variants = [Variant(NAMES[m], flags[m], (*judged[m], EQUAL[m])) for m in NAMES]
     return Study(variants, [0, 1, 2], images=8)
 
 
@@ -115,6 +121,7 @@ def tune_study() -> Study:
             for beta in betas:
                 name = f"{NAMES[method]}, lr {rate}" + beta.replace(" --", ", ")
                 flags = f"--method {method} --lr {rate}{beta}"
+                flags += f" {PAPER}" if method == "inpo" else ""
                 judged = EQUAL[method] // 2, EQUAL[method]
                 variants.append(Variant(name, flags, judged, NAMES[method]))
     return Study(variants, [100], images=4)
@@ -124,17 +131,19 @@ def ablation_study() -> Study:
     """InPO's recipe with one thing changed at a time, 60 steps each."""
     recipe = recipe_of("tiny", "inpo")
     same = " ".join(f"--{flag} {recipe[flag]}" for flag in ("lr", "beta", "warmup", "batch"))
-    variants = [("", "recipe", "--method inpo")]
+    variants = [("", "recipe", PAPER)]
     heading = "Inversion or random noise"
     variants += [(heading, "random noise", f"--method dpo --strata 10 {same}")]
     heading = "Inversion steps"
-    variants += [(heading, f"{n} steps", f"--inversion-steps {n}") for n in (2, 5, 20)]
+    cells = PAPER.replace("10", "{}")
+    variants += [(heading, f"{n} steps", cells.format(n)) for n in (2, 5, 20)]
     heading = "Noise injected while inverting"
-    variants += [(heading, f"eta {eta}", f"--eta {eta}") for eta in (0, 0.5, 1)]
+    variants += [(heading, f"eta {eta}", f"{PAPER} --eta {eta}") for eta in (0, 0.5, 1)]
     heading = "Beta"
-    variants += [(heading, f"beta {beta}", f"--beta {beta}") for beta in (100, 300, 3000, 10000)]
+    betas = (100, 300, 3000, 10000)
+    variants += [(heading, f"beta {beta}", f"{PAPER} --beta {beta}") for beta in betas]
     heading = "The model that inverts"
-    variants += [(heading, "the reference inverts", "--inverter reference")]
+    variants += [(heading, "the reference inverts", f"{PAPER} --inverter reference")]
     judged = 4, 6, 10, 20, 40, 60
     return Study([Variant(n, flags, judged, group) for group, n, flags in variants], [0, 1], 4)
 
@@ -168,11 +177,20 @@ def inversion_study() -> Study:
     return Study(variants, [10, 11, 12, 13, 14], images=8)
 
 
+def confirm_study() -> Study:
+    """The paper's path and the one that inversion_study has chosen, once."""
+    paths = {"uniform, 10 cells": "uniform --inversion-steps 10"}
+    paths["log sigma, 3 calls"] = "log-sigma --inversion-steps 3"
+    variants = [Variant(n, f"--inversion-spacing {flags}", (60,)) for n, flags in paths.items()]
+    return Study(variants, [20, 21, 22, 23, 24], images=8, fold=1)
+
+
 STUDIES = {
     "table": table_study,
     "tune": tune_study,
     "ablation": ablation_study,
     "inversion": inversion_study,
+    "confirm": confirm_study,
 }
 
 # -------------------------------------------------------------------------------------------------
@@ -187,6 +205,7 @@ class Job:
     seed: int
     images: int
     folder: Path
+    fold: int = 0
 
     def calls_per_step(self) -> float:
         asked = parse_training("", self.commands()[0][1:])
@@ -217,6 +236,7 @@ class Job:
     def commands(self) -> list[list[str]]:
         """What Python is to run, one after the other."""
         judge = ["-m", "lab.measure", str(self.folder), "--images", str(self.images)]
+        judge += ["--fold", str(self.fold)] if self.fold else []
         judge += ["--exports", *map(str, self.judged())]
         if self.variant is None:
             return [judge]
@@ -224,6 +244,8 @@ class Job:
         train = [str(ROOT / "train_inpo.py"), "--model", "tiny", *self.variant.flags.split()]
         train += ["--seed", str(self.seed), "--steps", str(self.variant.steps)]
         train += ["--export-every", str(every), "--sample-every", "0"]
+        if self.fold:
+            train += ["--data", str(toy.write_pairs_once("out/toy", 2048, fold=self.fold))]
         return [[*train, "--out", str(self.folder)], judge]
 
 
@@ -233,11 +255,12 @@ def jobs_of(study: Study, out: Path) -> list[Job]:
         return out / "runs" / "-".join(words)
 
     trained = [
-        Job(variant, seed, study.images, folder(variant, seed))
+        Job(variant, seed, study.images, folder(variant, seed), study.fold)
         for seed in study.seeds
         for variant in study.variants
     ]
-    return [Job(None, 0, study.images, out / "runs" / f"base-{study.images}"), *trained]
+    base = Job(None, 0, study.images, out / "runs" / f"base-{study.images}", study.fold)
+    return [base, *trained]
 
 
 children: set[subprocess.Popen] = set()  # they run now, and end with this process
@@ -314,6 +337,7 @@ def records(study: Study, jobs: list[Job]) -> list[dict]:
 # What is written: NAME.md (tables), NAME.json (win rates), judgements.json, pictures.
 
 
+PROMPTS = toy.prompts("heldout")
 TRADE = [("drift", "preference"), ("preference", "faithfulness")]  # what is gained, and its price
 
 
@@ -337,7 +361,7 @@ def write_table(results: report.Results, jobs: list[Job], out: Path) -> str:
     axes = [("step", "wins"), ("step", "preference"), ("calls", "wins"), ("calls", "preference")]
     panels = report.panels(results, results.variants, axes + TRADE)
     figures.trajectories(panels, out / "table.png", f"The tiny model, {seeds_of(results)}")
-    report.samples(shown, toy.prompts("heldout"), out / "samples.png")
+    report.samples(shown, PROMPTS, out / "samples.png")
     parts = {
         "Wins on the hidden preference": report.wins_table(results, columns),
         f"Scores after {shortest} steps": report.scores_table(results, shortest),
@@ -372,14 +396,46 @@ def write_tune(results: report.Results, jobs: list[Job], out: Path) -> str:
 
 
 def write_inversion(results: report.Results, jobs: list[Job], out: Path) -> str:
-    return write_groups(results, jobs, out / "inversion", ["uniform, 10 cells"])
+    shown = {"base": jobs[0].folder / "images" / "step_000000"}
+    for job in jobs[1:]:
+        if job.seed == results.seeds[0]:
+            shown[job.variant.name] = job.folder / "images" / "step_000060"
+    few = [name for name in results.variants if "eta" not in name]
+    axes = [("step", "preference"), ("calls", "preference"), *TRADE, ("preference", "grain")]
+    panels = report.panels(results, few, axes)
+    title = f"Paths of inversion, {seeds_of(results)}"
+    figures.trajectories(panels, out / "inversion.png", title, columns=3)
+    report.samples({name: shown[name] for name in ["base", *few]}, PROMPTS, out / "samples.png")
+    against = [
+        [name, *(report.cell(results.wins(name, few[0], step), "rate") for step in (60, -1))]
+        for name in results.variants[1:]
+    ]
+    heads = ["", f"wins over {few[0]}, %, after 60 steps", "at equal compute"]
+    parts = {
+        "After 60 steps": report.scores_table(results, 60, grain=True),
+        "At equal compute": report.scores_table(results, grain=True),
+        "Against the paper's path": tables.markdown(heads, against),
+        "Where all have moved equally far": report.matched_table(results, results.variants),
+    }
+    return "\n".join(f"### {heading}\n\n{part}" for heading, part in parts.items())
+
+
+def write_confirm(results: report.Results, jobs: list[Job], out: Path) -> str:
+    columns = {"after 60 steps": -1}
+    return f"{report.scores_table(results, grain=True)}\n{report.wins_table(results, columns)}"
 
 
 def write_ablation(results: report.Results, jobs: list[Job], out: Path) -> str:
     return write_groups(results, jobs, out / "ablation", ["recipe"])
 
 
-WRITERS = {"table": write_table, "tune": write_tune, "ablation": write_ablation, "inversion": write_inversion}
+WRITERS = {
+    "table": write_table,
+    "tune": write_tune,
+    "ablation": write_ablation,
+    "inversion": write_inversion,
+    "confirm": write_confirm,
+}
 
 # -------------------------------------------------------------------------------------------------
 # The command line.
@@ -396,7 +452,7 @@ def run(args: argparse.Namespace):
     jobs = jobs_of(study, args.out)
     run_all(jobs, args.jobs)
     judgements = records(study, jobs)
-    results = report.Results(judgements, toy.prompts("heldout") * study.images)
+    results = report.Results(judgements, toy.prompts("heldout", study.fold) * study.images)
     text, wins = WRITERS[args.study](results, jobs, args.out), report.all_wins(results)
     write(args.out / "judgements.json", json.dumps(judgements))
     write(args.out / f"{args.study}.md", text)

@@ -49,7 +49,9 @@ class ByHand:
 
         config = json.loads(Path(args.ds_config).read_text())
         eps, clipping = config["optimizer"]["params"]["eps"], config["gradient_clipping"]
-        adamw = torch.optim.AdamW(self.trained.values(), args.lr, (0.9, 0.999), eps, 0.01)
+        adamw = torch.optim.AdamW(
+            self.trained.values(), args.lr, (0.9, 0.999), eps, 0.01, fused=True
+        )
         micro, together = args.micro_batch * ranks, args.micro_batch * (kl_ranks or ranks)
         for step in range(args.steps):
             adamw.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / args.warmup)
@@ -90,7 +92,7 @@ class ByHand:
         noises, errors, err_ref = [], [], None
         for side, generator in zip(("winner", "loser"), generators(args.seed, [n]), strict=True):
             with torch.no_grad():
-                posterior = self.pipe.vae.encode(pair[side][None]).latent_dist
+                posterior = self.pipe.vae.encode(pair[side][None] / 127.5 - 1).latent_dist
                 drawn = torch.randn(1, 4, 8, 8, generator=generator)
                 x0 = (posterior.mean + posterior.std * drawn) * self.pipe.vae.config.scaling_factor
                 noises.append(torch.randn(1, 4, 8, 8, generator=generator))

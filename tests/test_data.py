@@ -113,9 +113,9 @@ KINDS = ("file", "folder", "image file", "arrow", "arrow dict", "arrow image")
 
 
 def levels(images):
-    """(P, 3) colour levels 0..255 of solid images (P, 3, R, R) in -1..1."""
-    assert images.amax((2, 3)).equal(images.amin((2, 3)))
-    return ((images.amax((2, 3)) + 1) * 127.5).round().int()
+    """(P, 3) colour levels 0..255 of solid images (P, 3, R, R)."""
+    assert images.dtype == torch.uint8 and images.amax((2, 3)).equal(images.amin((2, 3)))
+    return images.amax((2, 3)).int()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_hidden_preference_of_the_toy_agrees_with_its_pairs(tmp_path):
         item = pairs[n]
         scores = []
         for side in ("winner", "loser"):
-            pixels = ((item[side] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+            pixels = item[side].permute(1, 2, 0).numpy()
             scores.append(toy.preference(Image.fromarray(pixels)))
         assert scores[0] > scores[1]
 
@@ -721,18 +721,17 @@ def test_an_image_of_the_resolution_keeps_its_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     for crop_at in (None, (0.9, 0.1)):
         out = preprocess(Image.fromarray(pixels), SIZE, crop_at, flip=False)
-        assert out.dtype == torch.float32 and out.is_contiguous()
-        back = ((out + 1) * 127.5).round().byte().permute(1, 2, 0)
-        assert (back.numpy() == pixels).all()
+        assert out.dtype == torch.uint8 and out.is_contiguous()
+        assert (out.permute(1, 2, 0).numpy() == pixels).all()
     assert preprocess(Image.fromarray(pixels), SIZE, None, flip=True).equal(out.flip(2))
-    assert preprocess(Image.new("RGB", (8, 8)), 8, None, False).eq(-1).all()
-    assert preprocess(Image.new("RGB", (8, 8), "white"), 8, None, False).eq(1).all()
+    assert preprocess(Image.new("RGB", (8, 8)), 8, None, False).eq(0).all()
+    assert preprocess(Image.new("RGB", (8, 8), "white"), 8, None, False).eq(255).all()
 
 
 @pytest.mark.parametrize("height, width", [(16, 30), (40, 16), (16, 17)])
 def test_crop_takes_the_centre_or_the_place_that_is_asked(height, width):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    expected = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+    expected = torch.from_numpy(pixels).permute(2, 0, 1)
     top, left = (height - 16) // 2, (width - 16) // 2
     image = Image.fromarray(pixels)
     center = preprocess(image, 16, None, False)
@@ -751,17 +750,17 @@ def test_resize_keeps_the_aspect_and_the_middle(size):
     pixels = np.zeros((min(size), max(size), 3), dtype=np.uint8)
     pixels[:, max(size) // 2 :] = 255
     image = Image.fromarray(pixels.swapaxes(0, 1) if turned else pixels)
-    out = preprocess(image, 16, None, False)
+    out = preprocess(image, 16, None, False).int()  # of uint8 no difference is negative
     out = out.swapaxes(1, 2) if turned else out
     assert out.shape == (3, 16, 16)
-    assert out[:, :, :5].eq(-1).all() and out[:, :, 11:].eq(1).all()
+    assert out[:, :, :5].eq(0).all() and out[:, :, 11:].eq(255).all()
     assert out.diff(dim=2).ge(0).all() and out.diff(dim=1).eq(0).all()
 
 
 def test_shrinking_averages_instead_of_skipping_pixels():
     stripes = np.zeros((64, 64, 3), dtype=np.uint8)
     stripes[:, ::2] = 255
-    assert preprocess(Image.fromarray(stripes), 16, None, False).abs().max() < 0.1
+    assert (preprocess(Image.fromarray(stripes), 16, None, False).float() - 127.5).abs().max() < 13
 
 
 def test_modes_and_orientation_become_upright_rgb():

@@ -353,16 +353,20 @@ def test_a_generator_makes_it_reproducible_and_leaves_the_global_state_alone(lis
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_a_cpu_generator_serves_images_on_another_device(listed):
+@pytest.mark.parametrize("listed, spacing", [(False, "uniform"), (True, "log-sigma")])
+def test_t_abar_and_generator_on_the_cpu_serve_images_on_another_device(listed, spacing):
+    """Nothing waits for that device: "meta" tensors hold no numbers, so reading one would raise."""
+
+    def eps_fn(x, t):
+        assert t.device == x.device
+        return x
+
     def draw(device):
         generator = gen(3)
         x0 = torch.zeros(7, 3, 4, 4, device=device)
-        t = MIXED_T.to(device if device == "cuda" else "cpu")  # "meta" tensors hold no numbers
-        xt, _ = ddim_invert(
-            lambda x, t: x, x0, t, ABAR, 10, 0.5, [generator] * 7 if listed else generator
-        )
-        assert xt.device.type == device
+        noise = [generator] * 7 if listed else generator
+        xt, tau = ddim_invert(eps_fn, x0, MIXED_T, ABAR, 10, 0.5, noise, spacing)
+        assert xt.device.type == tau.device.type == device
         return generator.get_state()  # tells which numbers were taken from it
 
     elsewhere = "cuda" if torch.cuda.is_available() else "meta"

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import peft
 import pytest
 import torch
@@ -839,11 +840,18 @@ def test_repeating_gives_all_winners_and_then_all_losers():
 
 
 def random_pixels(n):
-    return torch.rand(n, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(7)) * 2 - 1
+    seeded = torch.Generator().manual_seed(7)
+    return torch.randint(256, (n, 3, SIZE, SIZE), dtype=torch.uint8, generator=seeded)
+
+
+def scaled(pixels):
+    """From 0..255 to -1..1."""
+    return pixels.float() / 127.5 - 1
 
 
 def encoded_by_diffusers(pipeline, pixels):
     """What image to image starts from."""
+    pixels = scaled(pixels)
     theirs = diffusers.StableDiffusionXLImg2ImgPipeline(**pipeline.components)
     options = dict(generator=generators(1, 2, 3), add_noise=False)
     return theirs.prepare_latents(pixels, None, 3, 1, torch.float32, "cpu", **options)
@@ -853,7 +861,7 @@ def encoded_by_diffusers(pipeline, pixels):
 def test_latents_are_scaled_draws_from_the_posterior(loaded, kind):
     pipeline, pixels = loaded(kind), random_pixels(2)
     latents = model.encode_images(pipeline, pixels, generators(4, 5))
-    posterior = pipeline.vae.encode(pixels).latent_dist
+    posterior = pipeline.vae.encode(scaled(pixels)).latent_dist
     noise = [torch.randn(1, *latents.shape[1:], generator=g) for g in generators(4, 5)]
     expected = (posterior.mean + posterior.std * torch.cat(noise)) * 0.18215
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
@@ -889,12 +897,28 @@ def test_a_mean_of_the_latents_that_sd15_would_ignore_is_refused(checkpoint, cop
         assert f"'{vae or folder}' has latents_mean" in sentence and "--vae" in sentence
 
 
-def test_the_latent_of_an_image_does_not_depend_on_its_batch(loaded):
-    pipeline, pixels = loaded(), random_pixels(3)
-    together = model.encode_images(pipeline, pixels, generators(1, 2, 3))
-    for i in range(3):
-        alone = model.encode_images(pipeline, pixels[i : i + 1], generators(i + 1))
-        assert torch.equal(together[i : i + 1], alone)
+@pytest.mark.parametrize("at_once, expected", [(8, [8, 3]), (3, [3, 3, 3, 2]), (0.5, [1] * 11)])
+def test_the_latent_of_an_image_does_not_depend_on_its_batch(
+    at_once, expected, loaded, monkeypatch
+):
+    """Nor does its noise: each image has its own generator, wherever it stands."""
+    pipeline, pixels, sizes = loaded(), random_pixels(11), []
+    encode = pipeline.vae.encode
+    alone = [
+        model.encode_images(pipeline, pixels[i : i + 1], generators(i)).squeeze(0)
+        for i in range(11)
+    ]
+    monkeypatch.setattr(model, "ENCODED", int(at_once * SIZE**2))
+    monkeypatch.setattr(pipeline.vae, "encode", lambda x: sizes.append(len(x)) or encode(x))
+    together = model.encode_images(pipeline, pixels, generators(*range(11)))
+    assert sizes == expected
+    torch.testing.assert_close(together, torch.stack(alone), rtol=0, atol=1e-5)
+    if at_once < 1:
+        assert torch.equal(together, torch.stack(alone))
+
+
+def test_eight_images_of_64_px_are_encoded_at_once_and_one_from_256_px_on():
+    assert model.ENCODED // 64**2 == 8 and model.ENCODED // 256**2 == 0
 
 
 def test_latents_of_an_fp16_vae_are_fp32(checkpoint, loaded):
@@ -902,9 +926,24 @@ def test_latents_of_an_fp16_vae_are_fp32(checkpoint, loaded):
     exact = loaded("sd15")
     latents = model.encode_images(pipeline, random_pixels(1), generators(1))
     assert latents.dtype == torch.float32
-    mean = exact.vae.encode(random_pixels(1)).latent_dist.mean * 0.18215
-    spread = exact.vae.encode(random_pixels(1)).latent_dist.std.max() * 0.18215
+    posterior = exact.vae.encode(scaled(random_pixels(1))).latent_dist
+    mean, spread = posterior.mean * 0.18215, posterior.std.max() * 0.18215
     assert (latents - mean).abs().max() < 5 * spread
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_level_of_a_pixel_reaches_the_vae_as_level_over_127_and_a_half_less_1(
+    dtype, checkpoint, monkeypatch
+):
+    """In fp32, as float pictures from the workers would be, and rounded once to the VAE's dtype."""
+    pipeline, seen = load_pipeline(str(checkpoint("sd15")), dtype=dtype), []
+    encode = pipeline.vae.encode
+    monkeypatch.setattr(pipeline.vae, "encode", lambda x: seen.append(x) or encode(x))
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(3, axis=1)
+    model.encode_images(pipeline, torch.from_numpy(levels))
+    expected = levels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    assert torch.equal(seen[0], torch.from_numpy(expected).to(dtype))
+    assert expected.min() == -1 and expected.max() == 1
 
 
 # -------------------------------------------------------------------------------------------------

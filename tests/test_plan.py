@@ -19,7 +19,7 @@ from conftest import distance, refusal
 
 import model
 import train_inpo
-from lab import bench
+from lab import architectures
 from system.files import UserError
 from training import budget, card, lora, plan
 from training.flags import parse
@@ -35,7 +35,7 @@ def published(tmp_path):
         name = {"sdxl": "StableDiffusionXLPipeline", "sd15": "StableDiffusionPipeline"}[kind]
         parts = {
             "model_index": {"_class_name": name},
-            "unet/config": bench.CONFIGS[kind],
+            "unet/config": architectures.CONFIGS[kind],
             "vae/config": {"block_out_channels": (128, 256, 512, 512)} | vae,
             "text_encoder/config": {"max_position_embeddings": 77},
             "scheduler/scheduler_config": {"num_train_timesteps": 1000},
@@ -254,7 +254,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would(
 @pytest.mark.parametrize("size", [None, [128, 128]])
 def test_a_unet_that_does_not_tell_its_size_is_refused(size, published, argv):
     file = published("sdxl") / "unet" / "config.json"
-    file.write_text(json.dumps(bench.SDXL | {"sample_size": size}))
+    file.write_text(json.dumps(architectures.SDXL | {"sample_size": size}))
     args = parse("", argv(model=file.parent.parent, resolution=1024))
     with pytest.raises(UserError, match=f"sample_size in its UNet's config.json is .*{size}"):
         plan.check(args)
@@ -390,12 +390,12 @@ def test_a_monitor_whose_library_is_lacking_is_refused(name, module, argv, ds_co
 
 
 def test_shared_memory_is_that_of_all_ranks_of_the_machine(argv, monkeypatch):
-    """A batch of 2 pairs of 16 px takes 12,288 bytes; a loader of 2 workers has 5."""
+    """A batch of 2 pairs of 16 px takes 3,072 bytes; a loader of 2 workers has 5."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_200_000))
     plan.check(parse("", argv(workers=2)))
     plan.check(parse("", argv(workers=0, resolution=1024)))
-    assert "need 252 MB of shared memory" in refused(argv, True, workers=2, resolution=1024)
+    assert "need 63 MB of shared memory" in refused(argv, True, workers=2, resolution=1024)
     for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # torchrun's, DeepSpeed's
-        monkeypatch.setenv(variable, "20")
+        monkeypatch.setenv(variable, "80")
         assert "and /dev/shm has 1 MB free" in refused(argv, True, workers=2)
         monkeypatch.delenv(variable)

@@ -65,7 +65,7 @@ def test_each_method_is_tuned_with_as_many_runs_at_least_as_inpo_on_an_unused_se
 
 
 def test_ablation_changes_one_thing_at_a_time():
-    recipe = vars(parse("", ["--model", "tiny"]))
+    recipe = vars(parse("", ["--model", "tiny", *study.PAPER.split()]))
     for variant in study.ablation_study().variants:
         asked = vars(parse("", ["--model", "tiny", *variant.flags.split()]))
         differ = {key for key in recipe if asked[key] != recipe[key]} - {"out"}
@@ -89,7 +89,7 @@ print("trained")
 """
 MEASURE = """
 import json, pathlib, sys
-score = {"preference": [0.5] * 18, "faithfulness": [1.0] * 18, "drift": 0.1}
+score = {"preference": [0.5] * 18, "faithfulness": [1.0] * 18, "drift": 0.1, "grain": [0.01] * 18}
 measured = {"images": 1, "steps": dict.fromkeys(sys.argv[2:], score)}
 pathlib.Path(sys.argv[1], "measured.json").write_text(json.dumps(measured))
 print("judged")
@@ -274,7 +274,7 @@ def test_a_real_study_from_training_to_its_page(monkeypatch, tmp_path):
 @pytest.fixture
 def few(monkeypatch):
     """Three captions, two sampling steps and four drawings: enough for what is counted and kept."""
-    monkeypatch.setattr(toy, "prompts", lambda split="all": PROMPTS[:3])
+    monkeypatch.setattr(toy, "prompts", lambda split="all", fold=0: PROMPTS[:3])
     monkeypatch.setattr(measure, "STEPS", 2)
     monkeypatch.setattr(measure, "DRAWINGS", 4)
 
@@ -312,6 +312,16 @@ def test_every_export_is_judged_once(few, tmp_path):
     assert both["3"]["drift"] == pytest.approx(4e-4, rel=1e-3)
 
 
+def test_grain_is_the_mean_absolute_laplacian():
+    def picture(pixels):
+        return Image.fromarray(np.repeat(pixels[..., None], 3, -1).astype(np.uint8))
+
+    rows, columns = np.indices((8, 8))
+    assert measure.grain(picture(255 * ((rows + columns) % 2))) == 4  # each neighbour is opposite
+    assert measure.grain(picture(20 * rows + 7 * columns)) < 1e-15  # a plane
+    assert measure.grain(picture(255 * (columns > 3))) == 2 / 6  # two of six inner columns
+
+
 def test_a_run_without_exports_is_refused_with_the_flag_that_makes_them(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         measure.main([str(tmp_path)])
@@ -330,6 +340,7 @@ def results(gains: dict[str, float], images: int = 2, seeds=(0, 1), steps=(1, 4)
     def judged(variant, seed, step, gain):
         scores = {"preference": (base + gain * step).tolist(), "drift": (gain * step) ** 2}
         scores |= {"faithfulness": (np.arange(n) % 10 != 0).astype(float).tolist()}
+        scores |= {"grain": [0.01] * n}
         return {"variant": variant, "seed": seed, "step": step, "calls": 7 * step, **scores}
 
     found = [judged("base", 0, 0, 0)]
@@ -446,7 +457,7 @@ def test_a_share_is_drawn_on_an_axis_that_ends_at_all_of_them(monkeypatch, tmp_p
 def test_every_study_writes_its_pages_and_pictures(monkeypatch, tmp_path):
     drawn = {}  # instead of drawing, which takes seconds and is tested above
     monkeypatch.setattr(
-        figures, "trajectories", lambda panels, path, _: drawn.update({path: panels})
+        figures, "trajectories", lambda panels, path, *_, **__: drawn.update({path: panels})
     )
     for name, make in study.STUDIES.items():
         small = make()
@@ -454,8 +465,9 @@ def test_every_study_writes_its_pages_and_pictures(monkeypatch, tmp_path):
         gains = {variant.name: 0.001 * (i + 1) for i, variant in enumerate(small.variants)}
         last = {variant.name: variant.steps for variant in small.variants}
         r = results(gains, 1, tuple(small.seeds), (60, *{s for s in last.values() if s > 60}))
-        for job in jobs if name == "table" else []:
+        for job in jobs if name in ("table", "inversion") else []:
             step = job.variant.steps if job.variant else 0
+            step = min(step, 60) if name == "inversion" else step
             for k in range(18):
                 path = job.folder / "images" / f"step_{step:06d}" / f"{k:05d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -464,7 +476,10 @@ def test_every_study_writes_its_pages_and_pictures(monkeypatch, tmp_path):
             spent |= {"device_hours": 1, "peak_memory": 1, "method": "x", "pairs": 1, "devices": 1}
             (job.folder / "cost.json").write_text(json.dumps(spent))
         text = study.WRITERS[name](r, jobs, tmp_path / name)
-        panels = drawn[tmp_path / name / f"{name}.png"]
+        panels = drawn.get(tmp_path / name / f"{name}.png", [])
         for variant in small.variants:
-            assert variant.name in text and any(variant.name in p["lines"] for p in panels)
+            assert variant.name in text
+            shown = any(variant.name in p["lines"] for p in panels)
+            hidden = {"confirm": True, "inversion": "eta" in variant.name}
+            assert shown != hidden.get(name, False)
     assert Image.open(tmp_path / "table" / "samples.png").width > 64

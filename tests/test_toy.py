@@ -313,8 +313,17 @@ def test_a_wider_tie_gives_only_ties_and_no_tie_gives_none(tmp_path):
 def test_pairs_use_the_captions_of_their_split_only(table, tmp_path):
     assert set(table["caption"].to_pylist()) <= set(toy.prompts("train"))
     assert len(set(table["caption"].to_pylist())) > 40
-    heldout = pq.read_table(toy.write_pairs(tmp_path / "pairs", 30, split="heldout"))
-    assert set(heldout["caption"].to_pylist()) <= set(toy.prompts("heldout"))
+    other = pq.read_table(toy.write_pairs(tmp_path / "pairs", 90, fold=1))["caption"].to_pylist()
+    assert set(other) <= set(toy.prompts("train", 1)) and set(other) & set(toy.prompts("heldout"))
+
+
+def test_folds_hold_out_every_caption_once():
+    folds = [toy.prompts("heldout", fold) for fold in range(4)]
+    assert sorted(sum(folds, [])) == sorted(toy.prompts()) and {*map(len, folds)} == {18}
+    for fold, held in enumerate(folds):
+        assert sorted(held + toy.prompts("train", fold)) == sorted(toy.prompts())
+        assert {toy.parse_caption(c)[0] for c in held} == {*toy.HUES}
+        assert {toy.parse_caption(c)[1] for c in held} == {*toy.SHAPES}
 
 
 def test_pairs_are_a_function_of_the_seed(table, tmp_path):

@@ -81,7 +81,7 @@ FAILURES = {
     "killed": (Killed, 1, "rank 0: a loader process is killed by signal: Killed, perhaps"),
     "killed with the lock": (KilledInSending, 2, "a loader process is killed by signal: Killed"),
     "unsendable": (Unsendable, 1, "a loader process exited unexpectedly"),
-    "no shared memory": (str, 1, "--workers need 6 MB of shared memory for their batches"),
+    "no shared memory": (str, 1, "--workers need 2 MB of shared memory for their batches"),
 }
 
 

@@ -14,7 +14,7 @@ peaks: the end of a forward, the optimizer's step, or the VAE at work. Its parts
     buckets        gradients on their way to other ranks; under ZeRO-3 also the gathered weights
     activations    what the backward needs; with checkpointing also its largest block, recomputed
     step           what AdamW's step takes beyond buckets and activations, which are free by then
-    vae            what encoding an image, or decoding a sample picture, takes beyond all of these
+    vae            what encoding images, or decoding sample pictures, takes beyond all of these
     encoders       the weights of VAE and text encoders
 
 It leaves out the CUDA context, the kernels' workspaces, gradients of activations and fragments.
@@ -40,7 +40,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from training import lora
+from training import cache, lora
 from training.latents import inversion_calls, stratum
 
 GIB = 2**30
@@ -241,6 +241,8 @@ def state(
     stage, bucket = zero["stage"], int(zero.get("reduce_bucket_size", BUCKET))
     offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
 
+    # torch's foreach AdamW takes the root of the second moment; the fused one needs no room.
+    root = 0 if ds_config.get("optimizer", {}).get("params", {}).get("fused") else 4
     # Bytes of a weight, of an accumulated gradient, and of one on its way to other ranks.
     size = accumulated = sent = dtype.itemsize
     if ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
@@ -259,7 +261,7 @@ def state(
         "optimizer": shard * 12,
         "buckets": 0,
         "activations": 0,
-        "step": shard * 4,  # torch's foreach AdamW takes the root of the second moment
+        "step": shard * root,
         "vae": 0,
     }
     if stage == 3:  # zero/stage3.py
@@ -270,7 +272,7 @@ def state(
         gathered = 0 if world == 1 else min(parameters + adapters, LIVE + PREFETCH)
         held["buckets"] = (bucket + filled) * sent + gathered * size
         held["vae"] = bucket * sent
-        held["step"] = 8 * min(shard, SUB_GROUP) + held["vae"]
+        held["step"] = (4 + root) * min(shard, SUB_GROUP) + held["vae"]
     elif stage == 1 and accumulated > size:  # bf16_optimizer.py: all gradients, also as they come
         held["gradients"] += trained * size
         if sent < accumulated:
@@ -295,10 +297,11 @@ def encoders(architecture: str, dtype: torch.dtype, vae: torch.dtype) -> float:
 def vae_peak(vae: torch.dtype, trained: int, drawn: int, batch: int) -> float:
     """GiB that the VAE takes beside its weights, at its peak.
 
-    trained: side in pixels of the images, encoded one by one. drawn: of the sample pictures, 0 for
-    none; `batch` of them are decoded at once, or as many as model.DECODED allows."""
+    trained: side in pixels of the images of `batch` pairs. drawn: of as many sample pictures, 0 for
+    none. As many are encoded and decoded at once as model.ENCODED and model.DECODED allow."""
+    encoded = trained**2 * max(1, min(2 * batch, model.ENCODED // trained**2))
     decoded = drawn and drawn**2 * max(1, min(batch, model.DECODED // drawn**2))
-    return max(ENCODE * trained**2, DECODE * decoded) * vae.itemsize / GIB
+    return max(ENCODE * encoded, DECODE * decoded) * vae.itemsize / GIB
 
 
 def step_memory(
@@ -342,13 +345,16 @@ def gpu_memory(args: Namespace, plan, ds_config: dict, dtype: torch.dtype) -> di
     vae, drawn = vae_dtype(plan, dtype), 0
     if args.sample_every:
         drawn = plan.unet_config["sample_size"] * plan.factor
+    resting = encoders(plan.architecture, dtype, vae)
+    working = vae_peak(vae, plan.resolution, drawn, args.micro_batch)
+    if args.cache_latents:  # the encoders are there while they work, and not in a step
+        resting, working = 0.0, resting + working
     return step_memory(
         plan.unet_config | {"sample_size": plan.latent}, ds_config, dtype, world=plan.world,
         micro_batch=args.micro_batch, images=images_per_pair(args.method),
         reference=args.method != "sft", checkpointing=args.gradient_checkpointing,
         rank=lora_rank(args), targets=args.lora_targets,
-        encoders=encoders(plan.architecture, dtype, vae),
-        vae=vae_peak(vae, plan.resolution, drawn, args.micro_batch),
+        encoders=resting, vae=working,
     )  # fmt: skip
 
 
@@ -381,6 +387,9 @@ def disk(args: Namespace, plan) -> dict[str, int]:
     if not rank and plan.parameters >= TOY:
         aligned += 4 * (VAE + TEXT[plan.architecture])
     taken = {}
+    if args.cache_latents:
+        latents = cache.size(args, plan, vae_dtype(plan, plan.dtype))
+        taken[f"latents of {len(plan.pairs):,} pairs, {in_words(latents)}"] = latents
     if args.checkpoint_every:
         count = checkpoints(args.steps, args.checkpoint_every, args.keep, args.keep_every)
         taken[f"{count} checkpoint(s) of {in_words(checkpoint)}"] = count * checkpoint

@@ -7,7 +7,7 @@ from evaluation.published import TITLES
 from system.files import UserError
 from system.hub import check_local, check_pairs
 from system.program import Parser
-from training.recipes import LOG_SIGMA_STEPS, METHODS, recipe_of, recipe_table
+from training.recipes import INVERSION_STEPS, METHODS, recipe_of, recipe_table
 
 
 def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,6 +51,10 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--caption-dropout", type=float, metavar="P",
         help="share of the pairs, 0 to 1, that are trained without their caption")
     add("--workers", type=int, metavar="N", help="loader processes per rank")
+    add("--cache-latents", action="store_true",
+        help="encode all pictures and captions once, before the first step, and keep them in the "
+             "run's folder, for a small set that is seen more than once; VAE and text encoders "
+             "then leave the device (the plan says how much disk it takes)")
 
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="inpo", help="picks the recipe, too")
@@ -62,8 +66,9 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
              "in log sigma, with the same number of UNet calls for every t; or the released "
              "script's, with its faults, to compare with")
     add("--inversion-steps", type=int, metavar="N",
-        help="inpo: cells of the uniform grid over all timesteps, which they must divide; or UNet "
-             f"calls of the log-sigma path ({LOG_SIGMA_STEPS} if not given)")
+        help="inpo: cells of the uniform grid over all timesteps, which they must divide "
+             f"({INVERSION_STEPS['uniform']} if not given); or UNet calls of the log-sigma path "
+             f"({INVERSION_STEPS['log-sigma']})")
     add("--eta", type=float,
         help="inpo: noise injected while inverting, from 0 (none) to 1 (DDPM's)")
     add("--inverter", choices=("policy", "reference"), help="inpo: the model that inverts")
@@ -120,8 +125,8 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     # fmt: on
 
     parser.set_defaults(**recipe_of(known.model, known.method))
-    if known.method == "inpo" and known.inversion_spacing == "log-sigma":
-        parser.set_defaults(inversion_steps=LOG_SIGMA_STEPS)
+    if known.method == "inpo" and known.inversion_spacing in INVERSION_STEPS:
+        parser.set_defaults(inversion_steps=INVERSION_STEPS[known.inversion_spacing])
     args = parser.parse_args(argv)
     args.out = Path(args.out or f"out/{Path(args.model).name}-{args.method}")
     args.judge = args.judge or ("preference" if args.data == "toy" else "none")
@@ -158,6 +163,10 @@ def check_flags(args: argparse.Namespace):
             raise UserError(f"--{name} {value}: must lie between {low} and {high}.")
     if args.inversion_spacing == "log-sigma" and args.inversion_steps < 2:
         raise UserError("--inversion-steps 1: --inversion-spacing log-sigma takes at least 2.")
+    if args.cache_latents and args.crop == "random":
+        raise UserError(
+            "--cache-latents: keeps one crop of each picture; leave it out, or give --crop center."
+        )
     if args.lora and args.lora_start == "continue" and args.lora_rank:
         raise UserError(
             f"--lora-rank {args.lora_rank}: {args.lora} has its own rank; leave the flag out, or "

@@ -10,6 +10,7 @@ checkpoints/            of all ranks; see checkpoint.py
 .lock                   held by the job that writes here
 unets/                  models exported during training, fp32
 broken.jsonl            rows that were left out, see broken.py
+latents/                of --cache-latents, see cache.py
 nonfinite/              what to look at where steps failed; see guard.py
 curves.png, README.md   training curves, model card
 cost.json               UNet calls, FLOPs, time, memory
@@ -41,6 +42,7 @@ from system.lock import LOCK, delete_unfinished, not_written
 # Settings a resumed run may change: flags, and keys of ds_config.json and of its optimizer.
 MAY_CHANGE = {"steps", "workers", "micro_batch", "judge", "keep", "keep_every"}
 MAY_CHANGE |= {"sample_every", "checkpoint_every", "export_every", "code"}
+MAY_CHANGE |= {"cache_latents"}
 MAY_CHANGE |= {"max_broken", "partial_data"}  # the data themselves have a fingerprint
 ENGINE = {"zero_optimization", "communication_data_type", "zero_force_ds_cpu_optimizer"}
 ENGINE |= {"tensorboard", "csv_monitor", "wandb", "steps_per_print", "wall_clock_breakdown"}

@@ -53,9 +53,9 @@ def released(eps_fn, x0: Tensor, t: Tensor, abar: Tensor, steps: int, eta: float
     for left in range(1 - width, min(cell_end, len(abar) - width), width):
         a, b = abar[max(left, 0)].expand(len(t)), abar[left + width].expand(len(t))
         moved = ddim_step(x, eps_fn(x, torch.full_like(t, left)), a, b)
-        var = (1 - a) / (1 - b) * (1 - b / a)
-        moved = moved + eta * var.sqrt().reshape(-1, 1, 1, 1) * randn_like(x0, noise)
-        x = moved.where((left < t).reshape(-1, 1, 1, 1), x)
+        deviation = ((1 - a) / (1 - b) * (1 - b / a)).sqrt()
+        moved = moved + eta * deviation.to(x).reshape(-1, 1, 1, 1) * randn_like(x0, noise)
+        x = moved.where((left < t).to(x.device).reshape(-1, 1, 1, 1), x)
     return x, implied_noise(x0, x, abar[t])
 
 

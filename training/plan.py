@@ -21,7 +21,7 @@ from evaluation import scorers
 from system.files import ROOT, UserError
 from system.hub import architecture, one_sentence, read_config
 from system.workers import check_open_files, check_shared_memory
-from training import budget, folder, lora, preview
+from training import budget, cache, folder, lora, preview
 from training.flags import check_flags
 from training.latents import count_cells, inversion_calls
 
@@ -164,7 +164,7 @@ def check(args: argparse.Namespace) -> Plan:
     resolution = args.resolution or unet["sample_size"] * factor
     if resolution < factor or resolution % factor:
         raise UserError(f"--resolution {resolution}: must be a multiple of the VAE's {factor}.")
-    batch = args.micro_batch * 2 * 3 * 4 * resolution**2  # bytes: two images, three bands, fp32
+    batch = args.micro_batch * 2 * 3 * resolution**2  # bytes: two images, three bands, uint8
     check_shared_memory(args.workers, batch, loaders=ranks_here())
     check_open_files(args.workers)
     if args.lora:
@@ -172,7 +172,7 @@ def check(args: argparse.Namespace) -> Plan:
     pairs = read_pairs(args)
     sampled, broken = data.sample(pairs, resolution)
     check_sample(args, len(pairs), sampled, broken)
-    return Plan(
+    plan = Plan(
         world=world,
         accumulation=accumulation,
         ds_config=ds_config,
@@ -193,6 +193,20 @@ def check(args: argparse.Namespace) -> Plan:
         sampled=sampled,
         broken=broken,
     )
+    if args.cache_latents:
+        check_cache(args, plan)
+    return plan
+
+
+def check_cache(args: argparse.Namespace, plan: Plan):
+    """Raises UserError where --cache-latents takes more than there is room for."""
+    size = cache.size(args, plan, budget.vae_dtype(plan, plan.dtype))
+    if size > (free := budget.room(args.out)):
+        raise UserError(
+            f"--cache-latents: what is kept of {len(plan.pairs):,} pairs takes up to "
+            f"{budget.in_words(size)}, and {args.out} has room for {budget.in_words(free)}; name "
+            "another folder with --out, or leave the flag out."
+        )
 
 
 MONITORS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "comet": "comet_ml"}
@@ -316,6 +330,12 @@ def warnings(args: argparse.Namespace, plan: Plan) -> Iterator[str]:
         yield (
             f"an update sees {plan.accumulation} of the {plan.strata} cells of timesteps, one a "
             "micro-step; fewer GPUs or a smaller --micro-batch let it see more."
+        )
+    seen, kept = args.steps * args.batch, len(plan.pairs) * (2 if args.flip else 1)
+    if args.cache_latents and seen <= kept:
+        yield (
+            f"the run sees {seen:,} pairs, and --cache-latents encodes {kept:,} (a pair and its "
+            "mirror image count as two); without it the run encodes less."
         )
     most = sum(budget.disk(args, plan).values())
     if budget.room(args.out) < most:

@@ -45,7 +45,7 @@ PROMPTS = (
     "an astronaut riding a horse on the moon, cinematic",
     "a bowl of ramen with steam rising, studio light",
 )
-ROWS, STEPS = 6, 25  # of the picture; of sampling
+ROWS, STEPS, TOY_STEPS = 6, 25, 15  # of the picture; of sampling, of the tiny model's
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -66,6 +66,7 @@ class Preview:
         self.out, self.guidance, self.batch = args.out, args.guidance, args.micro_batch
         self.name, self.scorer_folder, self.judge = args.judge, args.scorer_folder, None
         self.prompts = read_prompts(args)
+        self.steps = TOY_STEPS if args.data == "toy" else STEPS
 
     def draw(self, pipeline, step: int, pause: Callable[[], None]) -> tuple[dict | None, bool]:
         """(scores, or None without a judge; whether they are the best so far), on all ranks.
@@ -79,7 +80,7 @@ class Preview:
             some = self.prompts[i : i + self.batch]
             seeds = list(range(i, i + len(some)))
             try:
-                images += model.sample(pipeline, some, seeds, STEPS, self.guidance, self.batch)
+                images += model.sample(pipeline, some, seeds, self.steps, self.guidance, self.batch)
             except UserError as error:  # NaN; the other ranks draw on, so this one must, too
                 failed = error
         if is_main():

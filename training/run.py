@@ -40,7 +40,7 @@ from system.processes import (
     shares_folder,
 )
 from system.text import printable
-from training import budget, card, folder, lora
+from training import budget, cache, card, folder, lora
 from training.broken import BrokenPairs
 from training.guard import NonFiniteSteps, Watch
 from training.plan import Plan
@@ -158,7 +158,8 @@ class Run:
     def sample(self, engine, pipeline, step: int):
         """Draw pictures; keep the model whose pictures --judge likes best."""
         clock, stop = time.monotonic(), functools.partial(self.stop_if_asked, engine, step)
-        scores, best = self.preview.draw(pipeline, step, stop)
+        with cache.encoders_on(pipeline, engine.device):
+            scores, best = self.preview.draw(pipeline, step, stop)
         if is_main() and scores:
             shown = {f"judge/{key}": scores[key] for key in ("mean", "start", "win_rate")}
             self.monitor(engine, shown, step)
