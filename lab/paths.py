@@ -136,17 +136,18 @@ def off(found: Tensor, fine: Tensor) -> float:
 # Error of tau and xt.
 
 
+def results(invert_by: Callable, unet, images: Images, desc: str | None = None) -> dict:
+    """{t of TIMESTEPS: (xt, tau)}; desc: of a progress bar."""
+    eps, bar = images.denoiser(unet), tqdm(TIMESTEPS, desc, unit="path", disable=desc is None)
+    return {t: invert_by(eps, images.x0, images.at(t), images.abar) for t in bar}
+
+
 def fine_results(unet, images: Images) -> dict[int, tuple[Tensor, Tensor]]:
-    """{t of TIMESTEPS: (xt, tau) of a fine path}."""
-    eps, fine = images.denoiser(unet), Inversion(OURS, FINE)
-    bar = tqdm(TIMESTEPS, desc="fine paths", unit="path")
-    return {t: fine(eps, images.x0, images.at(t), images.abar) for t in bar}
+    return results(Inversion(OURS, FINE), unet, images, "fine paths")
 
 
-def error(invert_by: Callable, unet, images: Images, fine: dict) -> tuple[list, list]:
+def compare(found: dict, fine: dict) -> tuple[list[float], list[float]]:
     """Errors of xt and of tau at TIMESTEPS."""
-    eps = images.denoiser(unet)
-    found = {t: invert_by(eps, images.x0, images.at(t), images.abar) for t in TIMESTEPS}
     return tuple([off(found[t][i], fine[t][i]) for t in TIMESTEPS] for i in (0, 1))
 
 
@@ -154,18 +155,23 @@ def errors(unet, images: Images, fine: dict, paths: list[Inversion]) -> list[dic
     """[{path, xt: errors at TIMESTEPS, tau}]."""
     rows = []
     for path in tqdm(paths, desc="errors", unit="path"):
-        xt, tau = error(path, unet, images, fine)
+        xt, tau = compare(results(path, unet, images), fine)
         rows.append({"path": path, "xt": xt, "tau": tau})
     return rows
 
 
 def first_points(unet, images: Images, fine: dict, firsts, calls) -> list[dict]:
-    """[{first, calls: error of tau, mean over TIMESTEPS}], by where the first move ends."""
-    rows = []
+    """[{first, calls: errors of tau, mean over TIMESTEPS}], by where the first move ends: against
+    fine paths, whose own first move ends on 1, and against others, whose first move ends on 0."""
+    with points(partial(starting_at, 0)):
+        both, rows = (fine, fine_results(unet, images)), []
     for first in tqdm(firsts, desc="first points", unit="point"):
+        row = {"first": first}
         with points(partial(starting_at, first)):
-            found = {n: np.mean(error(Inversion(OURS, n), unet, images, fine)[1]) for n in calls}
-        rows.append({"first": first} | found)
+            for n in calls:
+                found = results(Inversion(OURS, n), unet, images)
+                row[n] = [np.mean(compare(found, one)[1]) for one in both]
+        rows.append(row)
     return rows
 
 
