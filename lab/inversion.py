@@ -94,9 +94,10 @@ def errors_section(rows: list[dict], apart: list[float], images: int, few: int):
     )
     if apart:
         text += (
-            "Euler's rule in 900 moves, at timesteps that need not be whole, shares nothing with "
-            f"the fine path but its first move. Their tau differ by {', '.join(three(apart))} at "
-            f"these t ({few} of the images): smaller errors than that say nothing.\n\n"
+            f"Euler's rule in {paths.EULER_MOVES} moves, at timesteps that need not be whole, "
+            "shares nothing with the fine path but its first move. Their tau differ by "
+            f"{', '.join(three(apart))} at these t ({few} of the images): smaller errors than that "
+            "say nothing.\n\n"
         )
     text += (
         "The error of what a path adds to the image, xt - sqrt(abar) x0, is the same number, since "
@@ -218,7 +219,9 @@ def sections(args: argparse.Namespace):
 
     fine = paths.fine_results(unet, images)
     errors, few = paths.errors(unet, images, fine, ERRORS), images[torch.arange(4)]
-    apart = paths.from_euler(unet, few, fine) if args.model == "tiny" else []
+    apart = []
+    if args.model == "tiny":
+        apart = paths.from_euler(unet, few, fine, paths.EULER_MOVES)
     yield errors_section(errors, apart, len(images), len(few))
     yield first_section(paths.first_points(unet, images, fine, FIRSTS, FIRST_CALLS))
     gradients = []

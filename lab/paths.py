@@ -25,6 +25,7 @@ from training.latents import draw_timesteps, generators, released
 
 SEED = 7
 FINE, FINE_GRADIENT = 120, 60  # UNet calls of a fine path
+EULER_MOVES = 900  # of the path that the fine one is checked by
 TIMESTEPS = 49, 149, 349, 549, 749, 949  # whose errors are shown; their mean stands for all t
 
 # -------------------------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ def first_points(unet, images: Images, fine: dict, firsts, calls) -> list[dict]:
 
 
 @torch.no_grad()
-def from_euler(unet, images: Images, fine: dict, moves: int = 900) -> list[float]:
+def from_euler(unet, images: Images, fine: dict, moves: int) -> list[float]:
     """Differences of the fine paths' tau, at TIMESTEPS, from that of Euler's rule in many moves.
 
     It goes to t = 1, then even in log sigma through all TIMESTEPS, where t need not be whole: so it
