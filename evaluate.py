@@ -86,7 +86,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--first-seed", type=int, default=0, metavar="N",
         help="seed of the first image; the next ones count up")
     add("--steps", type=int, metavar="N",
-        help="sampling steps per image (default: tiny 15, others 50)")
+        help="sampling steps per image (default: tiny 12, others 50)")
     add("--guidance", type=float, metavar="W",
         help="classifier-free guidance scale, 1 = none (default: tiny 2, SDXL 5, SD1.5 7.5)")
     add("--batch", type=int, metavar="N",
@@ -147,7 +147,7 @@ from system.processes import print0
 # --------------------------------------------------------------------------------------------------
 # Checks: what a user can get wrong is said before a model draws.
 
-USUAL = {"tiny": (15, 2.0, 16), "sdxl": (50, 5.0, 4), "sd15": (50, 7.5, 16)}
+USUAL = {"tiny": (12, 2.0, 16), "sdxl": (50, 5.0, 4), "sd15": (50, 7.5, 16)}
 FLAGS = "steps", "guidance", "batch"  # of USUAL
 
 

@@ -113,7 +113,7 @@ def test_end_to_end_the_right_model_wins(stub, capsys):
     text = Path("out/table.md").read_text()
     assert "| vivid | base | 100.0 [82.4, 100.0] |" in text and "ties" not in text
     assert text in capsys.readouterr().out
-    assert {call for call in stub.calls} == {(5, 15, 2.0, 5), (3, 15, 2.0, 5)}
+    assert {call for call in stub.calls} == {(5, 12, 2.0, 5), (3, 12, 2.0, 5)}
 
     averages = {(r["scorer"], r["model"]): r for r in results["scores"]}
     assert [averages["faithfulness", m]["mean"] for m in ("base", "vivid")] == [1, 1]
@@ -264,7 +264,7 @@ def test_scorers_are_those_of_the_prompts_by_default(stub, monkeypatch):
 
 
 def test_settings_default_to_those_of_the_family(stub):
-    for name, settings in {"dull": (15, 2, 16), "large": (50, 5, 4), "old": (50, 7.5, 16)}.items():
+    for name, settings in {"dull": (12, 2, 16), "large": (50, 5, 4), "old": (50, 7.5, 16)}.items():
         run("--prompts", "toy", "--limit", "2", models=(f"a={name}", f"b={name}"), out=name)
         found = manifest(f"{name}/images/toy/a")
         assert (found["steps"], found["guidance"], found["batch"]) == settings
@@ -400,7 +400,7 @@ def test_a_rank_that_fails_stops_the_others_before_their_next_batch(stub, tmp_pa
 
 
 OTHER = {
-    "steps: 15 there, 3 now": ["--steps", "3"],
+    "steps: 12 there, 3 now": ["--steps", "3"],
     "guidance: 2.0 there, 3.0 now": ["--guidance", "3"],
     "batch: 16 there, 5 now": ["--batch", "5"],
     "seed of image 0: 0 there, 9 now": ["--first-seed", "9"],
@@ -542,7 +542,7 @@ def test_images_drawn_with_other_settings_or_seeds_are_not_compared(stub, capsys
     assert run(**places)["sets"]["toy"]["steps"] is None
     spoil(**before)
     new = {"models": ("a=out/images/toy/base", "b=vivid"), "out": "new"}
-    assert "steps is 15 for a and 3 for b" in refused(capsys, "--steps", "3", **new)
+    assert "steps is 12 for a and 3 for b" in refused(capsys, "--steps", "3", **new)
     assert run(**new)["win_rates"][0]["wins"] == 18  # the prompts are those of the manifest
 
 
@@ -604,7 +604,7 @@ MISTAKES = {
     "--guidance must be at least 1": ["--guidance", "0.9"],
     "argument --guidance: 'nan' is not a finite number": ["--guidance", "nan"],
     "differ in their usual guidance (large 5, old 7.5)": ["--models", "large", "old"],
-    "differ in their usual steps (dull 15, old 50)": ["--models", "dull", "old"],
+    "differ in their usual steps (dull 12, old 50)": ["--models", "dull", "old"],
     "spent/cost.json is damaged; delete it": ["--models", "dull", "spent"],
     "unrecognized arguments: --seed-s": ["--seed-s", "1"],
 }  # fmt: skip

@@ -45,7 +45,7 @@ PROMPTS = (
     "an astronaut riding a horse on the moon, cinematic",
     "a bowl of ramen with steam rising, studio light",
 )
-ROWS, STEPS, TOY_STEPS = 6, 25, 15  # of the picture; of sampling, of the tiny model's
+ROWS, STEPS, TOY_STEPS = 6, 25, 12  # of the picture; of sampling, of the tiny model's
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
