@@ -144,7 +144,7 @@ def parts(name: str, folder: Path, small: bool) -> dict[str, tuple[list, str]]:
     own = ["-m", "lab.full_size", "--model", name, "--scratch", folder, *["--small"] * small]
     pixels = 64 if small else 256
     return {
-        "make the pipeline": ([*own, "--part", "make"], "base"),
+        "write the pipeline": ([*own, "--part", "make"], "base"),
         "train a LoRA step": (
             ["train_inpo.py", "--model", base, "--data", base / "pairs.parquet", "--out", lora,
              "--ds-config", "configs/zero1.json", "--lora-rank", 4, "--resolution", pixels,
@@ -210,7 +210,7 @@ def run(name: str, folder: Path, small: bool) -> list[dict]:
 # What it needs.
 
 # Bytes: Python with its libraries, activations, what DeepSpeed's buffers touch, and pages of the
-# fp16 files while they are read. The most that was measured is 3.5e9, of SDXL's export.
+# fp16 files while they are read. The most that was measured is 3.9e9, of SDXL.
 OVERHEAD = 4e9
 
 
@@ -287,10 +287,9 @@ def report(done: dict[str, list[dict]], checks: dict[str, dict], args: argparse.
     ]
     memory, disk = needs(list(done), args.small, args.keep)
     large, small = full_step()
-    compared = " ".join(
-        f"{name}: {one['adapters']:,} weights of adapters were trained; of "
-        f"{one['exact'] + one['last_bit']:,} reloaded weights {one['last_bit']:,} differ, in the "
-        "last bit of fp16, and all others are equal."
+    compared = "\n".join(
+        f"- {name}: {one['adapters']:,} weights of adapters trained, {one['exact']:,} reloaded "
+        f"weights equal, {one['last_bit']:,} off by the last bit of fp16"
         for name, one in checks.items()
     )
     flags = ["--small"] * args.small + ([] if args.model == "both" else ["--model", args.model])
@@ -305,12 +304,13 @@ Pipelines of the published architectures ({", ".join(done)}) at random weights, 
 and fp32 in memory, through the real programs: one InPO step of LoRA, rank 4, one pair at
 {64 if args.small else 256} px, ZeRO-1; the export, merged in fp16; the reload by diffusers alone;
 and pictures of two sampling steps by the start, by it with the LoRA, and by the merged model. It
-asked for {in_words(memory)} of memory and {in_words(disk)} of disk.
+asks for {in_words(memory)} of memory and {in_words(disk)} of disk.
 
 {tables.markdown(["model", "part", "seconds", "CPU seconds", "peak memory, GB"], rows)}
 Seconds include Python's start, and what other programs took of the machine; CPU seconds are the
 part's own. Peak memory is the largest resident set of its processes, with pages of mapped files.
-A reloaded weight is compared with W + B A of the trained adapters, computed apart.
+A reloaded weight is compared with W + B A of the trained adapters, computed apart:
+
 {compared}
 
 Not measured: a step of full fine-tuning. For SD1.5 in fp32 it takes {large:.1f} GB beside

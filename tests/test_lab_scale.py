@@ -164,7 +164,9 @@ def test_bounds_hold_the_larger_part_and_the_sum():
 def test_layout_counts_what_the_published_unets_have():
     unet = scale.layout(scale.CONFIGS["sdxl"])
     assert unet.parameters == 2_567_463_684
-    assert 0.9 < unet.recomputed / unet.parameters < 1 and unet.recomputed_modules < unet.modules
+    assert (
+        0.5 < unet.recomputed / unet.parameters < 1 and 0 < unet.recomputed_modules < unet.modules
+    )
     assert budget.PREFETCH == 5 * 10**7
 
 
