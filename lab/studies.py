@@ -32,7 +32,7 @@ class Study:
     fold: int = 0  # of the captions, which alignment never sees (toy.prompts)
 
 
-# The paper's path is named in the studies of its methods, since it is not the tiny model's default.
+# The paper's path is named in the studies that rest on it, whatever the default may be.
 PAPER = "--inversion-spacing uniform --inversion-steps 10"
 # Steps of 16 pairs that cost about as many UNet calls as 60 of InPO: 60 x 19, 142 x 8, 380 x 3.
 EQUAL = {"inpo": 60, "dpo": 142, "kto": 142, "sft": 380}

@@ -11,8 +11,8 @@ RECIPES = {  # of InPO, flag:     SDXL         SD1.5      tiny
     "data": (PICKAPIC, PICKAPIC, "toy"),
     "caption_dropout": (0.2, 0.2, 0.2),
     "beta": (5000.0, 2000.0, 1000.0),
-    "inversion_spacing": ("uniform", "uniform", "log-sigma"),
-    "inversion_steps": (10, 10, 3),
+    "inversion_spacing": ("uniform", "uniform", "uniform"),
+    "inversion_steps": (10, 10, 10),
     "eta": (0.1, 0.1, 0.1),
     "inverter": ("policy", "policy", "policy"),
     "liked_share": (None, None, None),
@@ -62,7 +62,7 @@ BASELINES = {  # what differs from InPO's
         "warmup": (200, 500, 10),
     },
 }  # fmt: skip
-# Of each --inversion-spacing, where --inversion-steps is not given; 3 by docs/inversion.md.
+# Of each --inversion-spacing, where --inversion-steps is not given; see docs/inversion.md.
 INVERSION_STEPS = {"uniform": 10, "log-sigma": 3, "released": 10}
 METHODS, COLUMNS = ("inpo", *BASELINES), ("sdxl", "sd15", "tiny")
 
