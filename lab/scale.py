@@ -330,7 +330,7 @@ the step with ZeRO-1 from {first(0.25)} GPUs and half from {first(0.5)}; with Ze
 
 
 def section() -> str:
-    unet = {name: layout(config) for name, config in CONFIGS.items()}
+    unet = {name: layout(CONFIGS[name]) for name in ENCODERS}
     parts = [
         f"""\
 ```
@@ -346,7 +346,7 @@ bytes are those that DeepSpeed 0.19.8 sends under the shipped configurations;
 <img src="scale.png" width="800" alt="share of a step that is spent computing, by GPUs">
 """
     ]
-    for model in CONFIGS:
+    for model in ENCODERS:
         for path in PATHS:
             parts.append(f"{TITLES[model]}, {path}: seconds of a step of 1,024 pairs.\n")
             parts.append(time_table(model, path))
@@ -357,7 +357,7 @@ after the last backward, the all-gather of weights after AdamW, and ZeRO-2 has a
 backward to hide behind. On the paper's path all ranks share a cell of t, so the times are means
 over the ten cells; with fewer than ten micro-steps an update sees some of the cells only.
 """)
-    for model in CONFIGS:
+    for model in ENCODERS:
         parts.append(f"{TITLES[model]}: what a GPU sends in a step, in how many collectives, and "
                      "what it holds.\n")  # fmt: skip
         parts.append(traffic_table(model))
@@ -398,7 +398,7 @@ encoders and sample pictures.
 def picture(path: Path):
     """Share of the step that is FLOPs, without overlap, by log2 of the GPUs."""
     paper, panels = next(iter(PATHS)), []
-    for model in CONFIGS:
+    for model in ENCODERS:
         for net in NETWORKS:
             lines = {}
             for stage in CONFIG_OF:

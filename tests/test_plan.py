@@ -183,7 +183,8 @@ def test_with_cached_latents_the_encoders_are_no_part_of_a_step(published, argv)
     """SDXL in bf16 on one GPU: their weights are left out, where a step takes more than the VAE."""
     found = []
     for words in ([], ["--cache-latents"]):
-        args = parse("", [*argv(model=published("sdxl"), resolution=512, vae=None), *words])
+        flags = {"resolution": 512, "vae": None, "batch": 16, "micro_batch": 16}
+        args = parse("", [*argv(model=published("sdxl"), **flags), *words])
         config = plan.complete(plan.read_ds_config("configs/zero1.json"), args, 1)
         found.append(budget.gpu_memory(args, plan.check(args), config, torch.bfloat16))
     live, cached = found
