@@ -57,6 +57,7 @@ def test_small_models_have_the_kinds_and_levels_of_the_full_ones():
         assert len(unet["block_out_channels"]) == len(small["block_out_channels"])
 
 
+@pytest.mark.slow
 def test_every_part_runs_and_what_is_reloaded_is_what_was_trained(kept):
     parts = read_json(kept / "parts.json")["parts"]
     assert [one["part"] for one in parts] == list(full_size.parts("sdxl", kept, True))
@@ -73,6 +74,7 @@ def test_every_part_runs_and_what_is_reloaded_is_what_was_trained(kept):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part, key, change, said",
     [

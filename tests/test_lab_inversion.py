@@ -215,6 +215,7 @@ def rows(text: str, heading: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in table[2:]]
 
 
+@pytest.mark.slow
 def test_the_page_has_every_section_and_the_fine_path_no_error(small, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     fine = Inversion(OURS, paths.FINE)

@@ -49,6 +49,7 @@ print("COUNTED", json.dumps(steps[-1]))  # the first step also has the start's
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, checkpointing", [(1, True), (2, True), (3, True), (3, False)])
 def test_collectives_are_those_of_a_real_step(stage, checkpointing, argv, ds_config, checkpoint):
     base, config = checkpoint(channels=(16,)), ds_config(stage)
