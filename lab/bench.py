@@ -429,12 +429,13 @@ def picture(every: list[Found], file: Path):
     """A bar for each variant, in parts: seconds a pair over the released one's."""
     panels = []
     for found in every:
-        unit = median(found.variants[0].seconds()) if not found.variants[0].failed else 1
         bars = {
-            v.name: {part: median(p[part] for p in v.parts) / unit for part in PARTS}
+            v.name: {part: median(p[part] for p in v.parts) for part in PARTS}
             for v in found.variants
             if not v.failed
         }
+        unit = 1.0 if found.variants[0].failed else sum(bars["released"].values())
+        bars = {name: {k: x / unit for k, x in parts.items()} for name, parts in bars.items()}
         panels.append({"title": found.name, "x": "time a pair, released = 1", "bars": bars})
     figures.bars(panels, file, "A training step, by part")
 
