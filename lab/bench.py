@@ -143,10 +143,10 @@ class Clock:
 
 def micro_step(variant: Variant, pipeline, pixels, captions: list[str], cell: int, clock: Clock):
     """One micro-step, as train() of train_inpo.py takes it. pixels: uint8, winners first."""
-    abar = model.alphas_cumprod(pipeline).to(pixels.device)
+    abar = model.alphas_cumprod(pipeline)
     noise = generators(0, range(variant.pairs))
     t = cell * TIMESTEPS // GRID + torch.randint(TIMESTEPS // GRID, (variant.pairs,))
-    t = t.repeat(2).to(pixels.device)
+    t = t.repeat(2)
     cast = torch.autocast(pixels.device.type, variant.dtype, enabled=variant.cast)
     with clock("encoders"):
         x0 = model.encode_images(pipeline, pixels, noise)
