@@ -6,6 +6,7 @@
     python -m lab.study inversion   # paths of inversion, five seeds
     python -m lab.study drift       # some of them early on, where all have moved equally far
     python -m lab.study confirm     # the chosen path, on seeds and captions not used before
+    python -m lab.study rates       # three paths, each at three learning rates
 
 The same command continues a study; runs that are done are kept. A variant is a line of
 train_inpo.py. In `table` and `tune` all variants take the same number of UNet calls
@@ -36,7 +37,7 @@ CORES = len(os.sched_getaffinity(0))
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("lab.study", __doc__)
     add = parser.add_argument
-    studies = "table", "tune", "ablation", "inversion", "drift", "confirm"
+    studies = "table", "tune", "ablation", "inversion", "drift", "confirm", "rates"
     add("study", choices=studies, help="what is trained and compared")
     add("--out", type=Path, metavar="FOLDER", help="of runs and results (default: out/STUDY)")
     add("--jobs", type=int, default=CORES, metavar="N", help="runs at a time")
@@ -299,6 +300,10 @@ def write_confirm(results: report.Results, jobs: list[Job], out: Path) -> str:
     return f"{report.scores_table(results, grain=True)}\n{report.wins_table(results, columns)}"
 
 
+def write_rates(results: report.Results, jobs: list[Job], out: Path) -> str:
+    return write_groups(results, jobs, out / "rates", [])
+
+
 def write_ablation(results: report.Results, jobs: list[Job], out: Path) -> str:
     return write_groups(results, jobs, out / "ablation", ["recipe"])
 
@@ -310,6 +315,7 @@ WRITERS = {
     "inversion": write_inversion,
     "drift": write_drift,
     "confirm": write_confirm,
+    "rates": write_rates,
 }
 
 # -------------------------------------------------------------------------------------------------
