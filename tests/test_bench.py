@@ -1,6 +1,7 @@
 """lab/bench.py and lab/architectures.py: what is timed is the step it names, and the arithmetic.
 Nothing about times."""
 
+import copy
 import json
 from argparse import Namespace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import model
-from lab import architectures, bench
+from lab import architectures, bench, steps
 from training import lora
 
 CPU = torch.device("cpu")
@@ -47,14 +48,14 @@ def asked(*argv) -> Namespace:
 
 
 def variants(pipelines, *argv, kind="sd15"):
-    unet = bench.copy.deepcopy(pipelines[kind].unet)
-    return {v.name: v for v in bench.variants_of(asked(*argv), "sd15-small", unet)}
+    unet = copy.deepcopy(pipelines[kind].unet)
+    return {v.name: v for v in steps.variants_of(asked(*argv), "sd15-small", unet)}
 
 
 def step(variant, pipeline, cell=0):
     pixels = torch.randint(0, 256, (2 * variant.pairs, 3, 64, 64), dtype=torch.uint8)
-    clock = bench.Clock(CPU)
-    bench.micro_step(variant, pipeline, pixels, ["a red circle"] * variant.pairs, cell, clock)
+    clock = steps.Clock(CPU)
+    steps.micro_step(variant, pipeline, pixels, ["a red circle"] * variant.pairs, cell, clock)
     return clock.parts
 
 
@@ -68,7 +69,7 @@ def test_variants_make_the_calls_they_claim(pipelines, monkeypatch, flags, train
 
     monkeypatch.setattr(model, "predict_noise", counted)
     expected = {"released": 6.4 + 1 + 3, "uniform": 5.5 + 1 + trained}
-    expected["log-sigma"] = 3 + 1 + trained
+    expected |= {"log-sigma": 3 + 1 + trained, "log-sigma, 2 calls": 2 + 1 + trained}
     for name, variant in variants(pipelines, *flags).items():
         calls.clear()
         for cell in range(10):
@@ -81,7 +82,7 @@ def test_variants_make_the_calls_they_claim(pipelines, monkeypatch, flags, train
 def test_every_variant_trains_its_policy_alone(pipelines, kind):
     for variant in variants(pipelines, kind=kind).values():
         parts = step(variant, pipelines[kind])
-        assert {part for part, seconds in parts.items() if seconds} == {*bench.PARTS} - {
+        assert {part for part, seconds in parts.items() if seconds} == {*steps.PARTS} - {
             "optimizer"
         }
         assert all(weight.grad is not None for weight in variant.policy.parameters())
@@ -90,13 +91,13 @@ def test_every_variant_trains_its_policy_alone(pipelines, kind):
 
 def test_an_inversion_counts_as_on_average_over_t(pipelines, monkeypatch):
     def takes_a_second_a_call(variant, pipeline, pixels, captions, cell, clock):
-        clock.parts["inversion"] += bench.inversion_calls(variant.settings, [cell])[0]
+        clock.parts["inversion"] += steps.inversion_calls(variant.settings, [cell])[0]
         clock.parts["forward"] += 1
 
-    monkeypatch.setattr(bench, "micro_step", takes_a_second_a_call)
-    means = {"released": 6.4, "uniform": 5.5, "log-sigma": 3}
+    monkeypatch.setattr(steps, "micro_step", takes_a_second_a_call)
+    means = {"released": 6.4, "uniform": 5.5, "log-sigma": 3, "log-sigma, 2 calls": 2}
     for name, variant in variants(pipelines).items():
-        bench.timed(variant, None, torch.zeros(1), [])
+        steps.timed(variant, None, torch.zeros(1), [])
         (parts,) = variant.parts
         assert parts["inversion"] == pytest.approx(means[name] / variant.pairs)
         assert parts["forward"] == 1 / variant.pairs
@@ -108,19 +109,19 @@ def test_adamw_moves_the_policy_and_keeps_its_dtype(pipelines, dtype):
     before = [weight.clone() for weight in policy.parameters()]
     for weight in policy.parameters():
         weight.grad = torch.ones_like(weight)
-    take = bench.adamw(list(policy.parameters()))
+    take = steps.adamw(list(policy.parameters()))
     take()
     assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
-    assert {weight.dtype for weight in policy.parameters()} == {bench.DTYPES[dtype]}
+    assert {weight.dtype for weight in policy.parameters()} == {steps.DTYPES[dtype]}
 
 
 def test_an_optimizer_step_is_shared_by_the_pairs_of_an_update(pipelines, monkeypatch):
     every = [*variants(pipelines).values()]
     for variant in every:
-        variant.parts = [dict.fromkeys(bench.PARTS, 0.0), dict.fromkeys(bench.PARTS, 0.0)]
+        variant.parts = [dict.fromkeys(steps.PARTS, 0.0), dict.fromkeys(steps.PARTS, 0.0)]
     moments = iter(range(100))
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(moments)))
-    bench.time_optimizers(every, pairs=4)
+    monkeypatch.setattr(steps.time, "perf_counter", lambda: float(next(moments)))
+    steps.time_optimizers(every, pairs=4)
     assert all(parts["optimizer"] == 1 / 4 for v in every for parts in v.parts)
 
 
@@ -161,13 +162,13 @@ def test_out_of_memory_costs_a_variant_not_the_run(pipelines, monkeypatch):
             raise torch.OutOfMemoryError
         return true(variant, *_)
 
-    true = bench.micro_step
-    monkeypatch.setattr(bench, "micro_step", fails)
+    true = steps.micro_step
+    monkeypatch.setattr(steps, "micro_step", fails)
     pixels = torch.zeros(4, 3, 64, 64, dtype=torch.uint8)
     for variant in every.values():
         n = variant.pairs
-        bench.timed(variant, pipelines["sd15"], pixels[: 2 * n], ["a"] * n)
-    assert [v.failed for v in every.values()] == [False, True, False]
+        steps.timed(variant, pipelines["sd15"], pixels[: 2 * n], ["a"] * n)
+    assert [v.failed for v in every.values()] == [False, True, False, False]
     rates = {torch.float32: [1e12]}
     found = bench.Found("x", CPU, [*every.values()], 0.1, {"encoders": 1.0, "call": 1.0}, rates)
     text = bench.section(asked(), [], found)
