@@ -17,162 +17,118 @@ Where this departs from the released script, and why:
  3. A batch may cross the end of an epoch. There the last incomplete batch is lost.
  4. Transparency becomes white, the EXIF orientation is applied, and grey of more than 8 bits is
     scaled. There all three are ignored.
- 5. A label other than 0, 0.5 and 1 is an error. There such rows are removed like ties.
+ 5. Labels other than 0, 0.5 and 1 are an error where they are more than 1 %. There all such rows
+    are removed like ties.
+ 6. A pair of one picture with itself is broken, and one without a caption. There both are trained
+    on.
 """
 
 import hashlib
 import itertools
 import math
 import pickle
-import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from sources import parquet
+from sources import named, parquet, saved, tables
+from sources.columns import asked
 from sources.pictures import PIXELS, decode, what_is_broken
-from sources.schema import COLUMNS, PICTURES, check_columns, check_labels
+from sources.rows import Rows, Source
 from system.files import UserError, expanded
-from system.hub import check_pairs, reachable, reason
+from system.hub import check_pairs, reason
 from system.workers import PREFETCH, Loader, Spawn, in_shared_memory, leave_if_orphaned
 
-if TYPE_CHECKING:  # imported where it is used, since it takes a second
-    import datasets
-
 ORDER, AUGMENT, REPLACE, SAMPLE = 0, 1, 2, 3  # keep the random streams of one seed apart
+PICTURES = ("jpg_0", "jpg_1")
 BROKEN_LIMIT = 100  # tries to find a whole pair; more mean that hardly any is
 
 
 # --------------------------------------------------------------------------------------------------
 # Reading. Columns and labels are checked before the Arrow cache (335 GB for Pick-a-Pic) is built.
 
+TABLES = [f"{name}{kind}" for name in ("pairs", "metadata") for kind in tables.SUFFIXES]
+
 
 def read_pairs(
-    source: str, split: str = "train", labels_only=False, partial=False
-) -> "datasets.Dataset":
-    """The rows of a source that are no ties, memory mapped, their images still encoded.
+    source: str, split: str = "train", labels_only=False, partial=False, columns=()
+) -> Rows:
+    """The pairs of a source that are no ties; pictures are read when they are asked for, encoded.
 
-    source: a .parquet file; a folder of them, searched recursively and sorted (of files named as on
-    the hub, train-00000-of-00645.parquet, those of `split`, all of them unless `partial`); a folder
-    by datasets' save_to_disk; or a hub id. Columns: jpg_0, jpg_1 encoded bytes, label_0 1.0 (image
-    0 won), 0.0 (image 1 won) or 0.5 (tie), caption. The result's `.info.description` counts pairs
-    and ties, its `.origin` tells where a row came from. Raises UserError.
+    source:
+      - a .parquet file; a folder of them, searched recursively and sorted (of files named as on the
+        hub, train-00000-of-00645.parquet, those of `split`, all of them unless `partial`)
+      - a .csv, .tsv, .jsonl or .json file with paths of pictures, relative to its folder; a folder
+        with such a file called pairs or metadata
+      - a folder of NAME_winner.EXT, NAME_loser.EXT and NAME.txt; a .tar of KEY.winner.EXT,
+        KEY.loser.EXT and KEY.txt, or a folder of them
+      - a folder by datasets' save_to_disk; a hub id
+    columns: "ROLE=NAME", ..., where the names are none that sources.columns knows.
+
+    Raises UserError.
 
     Disk: parquet files are copied once, at about their size (335 GB for Pick-a-Pic v2), into the
     Arrow cache in HF_DATASETS_CACHE (else HF_HOME/datasets), and stay there; a hub id is downloaded
-    first, to HF_HUB_CACHE, at its size again. What save_to_disk wrote is read where it is.
+    first, to HF_HUB_CACHE, at its size again. All others are read where they are.
     labels_only: of parquet files, read and check the labels and copy nothing, for a dry run."""
     check_pairs(source)
     import datasets
 
-    path, files = expanded(source), None
     try:
-        if not path.exists():
-            dataset = _from_hub(source, split)
-        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            dataset = _saved(path, split)
-        else:
-            files = parquet.check(path, split, partial)
-            if labels_only:
-                columns = {"label_0": np.concatenate(list(files.values()))}
-                dataset = datasets.Dataset.from_dict(columns)
-            else:
-                dataset = parquet.copied(path, files)
+        found = _find(source, split, partial, asked(columns))
+        return Rows(found, labels_only and found.sample is not None)
     except UserError:
         raise
     except Exception as error:  # of datasets and the hub, which have no common class
         generic = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = (generic and error.__cause__) or error
         raise UserError(f"Cannot read the pairs '{source}': {reason(cause)}.") from error
-    labels = check_labels(dataset.with_format("arrow")["label_0"], source)
-    decided = np.flatnonzero(labels != 0.5)
-    ties = f"{len(labels) - len(decided)} of {len(labels)} rows are ties (label_0 0.5)"
-    if not len(decided):
-        raise UserError(f"{source} has no pair left: {ties}; give data with winners.")
-    dataset = dataset.select(decided)
-    dataset.info.description = f"{len(decided)} pairs; {ties}"
-    dataset.origin = Origin(files or {source: labels})
-    return dataset
 
 
-class Origin:
-    """Where a row of `read_pairs` is in its files. labels: {file: labels}."""
-
-    def __init__(self, labels: dict[str, np.ndarray]):
-        self.labels = {file: column.astype(np.float16) for file, column in labels.items()}
-
-    def __call__(self, row: int) -> tuple[str, int]:
-        """(file, row in it), both counted from 0."""
-        for file, labels in self.labels.items():
-            decided = np.flatnonzero(labels != 0.5)
-            if row < len(decided):
-                return file, int(decided[row])
-            row -= len(decided)
-        raise IndexError(row)
-
-
-def _from_hub(source: str, split: str) -> "datasets.Dataset":
-    import datasets
-
-    datasets.config.HF_HUB_OFFLINE |= not reachable()
-    builder = datasets.load_dataset_builder(source)
-    if features := builder.info.features:  # before the download
-        check_columns(features.arrow_schema, source)
-    builder.download_and_prepare()
-    if re.split(r"[\[+]", split)[0] not in builder.info.splits:  # or train[:1000], train+test
-        there = ", ".join(builder.info.splits)
-        raise UserError(f"{source} has no split '{split}', it has {there}.")
-    return _columns(parquet.from_cache(builder, source, split), source)
+def _find(source: str, split: str, partial: bool, given: dict[str, str]) -> Source:
+    path = expanded(source)
+    if not path.exists():
+        return saved.on_hub(source, split, given)
+    if saved.is_saved(path):
+        return saved.on_disk(path, split, given)
+    if path.is_file() and path.suffix in tables.SUFFIXES:
+        return tables.read(path, given)
+    if path.is_file() and path.suffix == ".tar":
+        return named.in_tars([path])
+    if not path.is_dir():
+        return parquet.read(path, split, partial, given)
+    kinds = {
+        "a table": [path / name for name in TABLES if (path / name).is_file()],
+        "parquet files": parquet.visible(path, "*.parquet"),
+        "tars": parquet.visible(path, "*.tar"),
+    }
+    there = [kind for kind, files in kinds.items() if files]
+    if len(there) > 1 or len(kinds["a table"]) > 1:
+        some = [str(file) for kind in there for file in kinds[kind]]
+        raise UserError(f"{path} holds {' and '.join(there)}; give one of them, as {some[0]}.")
+    if there == ["a table"]:
+        return tables.read(kinds["a table"][0], given)
+    if there == ["tars"]:
+        return named.in_tars(kinds["tars"])
+    return (not there and named.in_folder(path)) or parquet.read(path, split, partial, given)
 
 
-def _saved(path: Path, split: str) -> "datasets.Dataset":
-    import datasets
-
-    try:
-        dataset = datasets.load_from_disk(str(path))
-    except Exception as error:  # of datasets and pyarrow, which have no common class
-        raise UserError(
-            f"{path} cannot be read as a folder that datasets has saved; copy it again, or if its "
-            "pairs are in parquet files, move its state.json and dataset_dict.json away."
-        ) from error
-    if isinstance(dataset, datasets.DatasetDict):
-        if split not in dataset:
-            raise UserError(f"{path} has no split '{split}', it has {', '.join(dataset)}.")
-        dataset = dataset[split]
-    return _columns(dataset, path)
-
-
-def _columns(dataset: "datasets.Dataset", where: str | Path) -> "datasets.Dataset":
-    """The columns that are read, images encoded. Raises UserError where one is missing."""
-    import datasets
-
-    check_columns(dataset.features.arrow_schema, where)
-    dataset = dataset.select_columns(list(COLUMNS))
-    for name in PICTURES:
-        if isinstance(dataset.features[name], datasets.Image):
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
-    return dataset
-
-
-def fingerprint(dataset: "datasets.Dataset") -> str:
+def fingerprint(rows: Rows) -> str:
     """16 hex digits that name the rows: all labels, captions and images of 16 rows spread evenly.
 
     The same on every machine and for every kind of source, so that a resumed run can refuse other
     data. Of labels alone, it names the labels."""
-    labels = dataset.with_format("arrow")["label_0"].to_numpy()
-    digest = hashlib.sha256(labels.astype("<f4").tobytes())
-    rows = sorted({len(dataset) * i // 16 for i in range(16)})
-    for row in rows if "caption" in dataset.column_names else []:
+    digest = hashlib.sha256(rows.labels.astype("<f4").tobytes())
+    some = sorted({len(rows) * i // 16 for i in range(16)})
+    for row in some if rows.table is not None else []:
         try:
-            pair = dataset[row]
+            pair = rows[row]
         except Exception:  # as in Pairs: the row is left out
             continue
-        images = [_encoded(pair[name]) or b"" for name in PICTURES]
+        images = [pair[name] for name in PICTURES]
         for part in (*images, (pair["caption"] or "").encode()):
             digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()[:16]
@@ -180,10 +136,6 @@ def fingerprint(dataset: "datasets.Dataset") -> str:
 
 # --------------------------------------------------------------------------------------------------
 # One pair, a function of (seed, n).
-
-
-def _encoded(value: bytes | dict | None) -> bytes | None:
-    return value["bytes"] if isinstance(value, dict) else value  # a dict: datasets' Image feature
 
 
 def preprocess(
@@ -219,19 +171,22 @@ def read_pair(
     images = []
     for name in PICTURES:
         try:
-            image = decode(_encoded(pair[name]) or b"")
-            images.append(preprocess(image, resolution, crop_at, flip))
+            images.append(preprocess(decode(pair[name] or b""), resolution, crop_at, flip))
         except Exception as error:  # PIL: OSError, SyntaxError, ValueError, MemoryError, ...
             raise ValueError(f"{name}: {what_is_broken(error)}") from error
+    if pair["jpg_0"] == pair["jpg_1"]:
+        raise ValueError("both pictures are the same")
+    if pair["caption"] is None:
+        raise ValueError("it has no caption")
     winner, loser = images if pair["label_0"] == 1 else reversed(images)
-    return winner, loser, pair["caption"] or ""
+    return winner, loser, pair["caption"]
 
 
-def sample(dataset: "datasets.Dataset", resolution: int, count: int = 64) -> tuple[int, list[str]]:
+def sample(rows: Rows, resolution: int, count: int = 64) -> tuple[int, list[str]]:
     """(how many pairs, what is wrong with some) of a sample of `count`, or all, read and decoded.
 
     It is the same for the same data. Where read_pairs has read labels alone, the files are read."""
-    broken, drawn = [], list(_some(dataset, count))
+    broken, drawn = [], list(rows.some(count, SAMPLE))
     for (file, row), read in drawn:
         try:
             read_pair(read(), resolution)
@@ -240,21 +195,12 @@ def sample(dataset: "datasets.Dataset", resolution: int, count: int = 64) -> tup
     return len(drawn), broken
 
 
-def _some(dataset: "datasets.Dataset", count: int) -> Iterator[tuple[tuple[str, int], Callable]]:
-    """((file, row in it), function that reads the pair)."""
-    if "caption" not in dataset.column_names:
-        for file, row, table in parquet.sample(dataset.origin.labels, count, SAMPLE):
-            yield (file, row), lambda table=table: table.to_pylist()[0]
-        return
-    for row in np.random.default_rng(SAMPLE).permutation(len(dataset))[:count].tolist():
-        yield dataset.origin(row), lambda row=row: dataset[row]
-
-
 class Pairs(torch.utils.data.Dataset):
     """Pair n of a run, n = 0, 1, ... without end. An epoch is len(self) pairs, in a new order.
 
-    dataset: from `read_pairs`. resolution: pixels. crop: "center" or "random". flip: mirror half of
-    the pairs. caption_dropout: share of pairs whose caption becomes "". Raises ValueError."""
+    dataset: from `read_pairs`, or any sequence of such rows. resolution: pixels. crop: "center" or
+    "random". flip: mirror half of the pairs. caption_dropout: share of pairs whose caption becomes
+    "". Raises ValueError."""
 
     def __init__(
         self, dataset, resolution: int, seed: int, crop="center", flip=True, caption_dropout=0.2

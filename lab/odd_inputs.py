@@ -197,9 +197,11 @@ def parquet(case: dict, folder: Path) -> str:
 
     def row(number: int) -> dict:
         """Of the rows that are no ties, as pyarrow reads it, without any code of ours."""
-        table = pq.read_table(file, columns=list(data.COLUMNS), use_threads=False)
-        decided = np.flatnonzero(table["label_0"].to_numpy() != 0.5)
-        return {name: table[name][decided[number]].as_py() for name in data.COLUMNS}
+        table = pq.read_table(file, columns=list(CASTS), use_threads=False)
+        labels = np.array([float(label) for label in table["label_0"].to_pylist()])
+        place = np.flatnonzero(labels != 0.5)[number]
+        row = {name: table[name][place].as_py() for name in CASTS}
+        return row | {"label_0": labels[place]}
 
     return train_on(file, row)
 
@@ -220,7 +222,7 @@ def train_on(source: Path, reference: Callable[[int], dict]) -> str:
         for name, image in (("winner", best), ("loser", worst)):
             if not item[name].equal(data.preprocess(data.decode(image), 16, None, False)):
                 return f"mismatch: the {name} of pair {n} is another picture"
-        if item["caption"] != (row["caption"] or ""):
+        if item["caption"] != row["caption"]:
             return f"mismatch: pair {n} has the caption '{item['caption']}'"
     return "correct"
 

@@ -1,11 +1,12 @@
 """Pairs in parquet files: which files of a folder, their checks, their rows.
 
-labels = check("pairs/", split="train")   # {file: labels}; footers and labels are read, no more
-rows = copied("pairs/", labels)           # a datasets.Dataset, from a copy in its Arrow cache
-for file, row, pair in sample(labels): ...
+source = read(Path("pairs"), split="train", partial=False, given={})
+source.judged     # footers and labels are read, no more
+source.table()    # a datasets.Dataset, from a copy in its Arrow cache
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import re
@@ -16,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sources.schema import COLUMNS, PICTURES, check_columns, check_labels, features, is_picture
+from sources.columns import Columns, numbers, recognise
+from sources.rows import Source
+from sources.schema import check_columns, features, plain_table
 from system.files import UserError, expanded
 from system.hub import PAIRS, file_kind, reason
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported where they are used, since they take a second
     import datasets
+    import pyarrow
 
 # Names of the hub: train-00000-of-00645, perhaps with a hash behind.
 PART = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<parts>\d{5})")
@@ -30,19 +34,42 @@ PART = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<parts>\d{5})")
 # Which files, and what they hold.
 
 
-def check(path: Path, split: str, partial: bool = False) -> dict[str, np.ndarray]:
-    """{file: its labels}, of the files of a split that have rows; columns and labels are checked.
+def read(path: Path, split: str, partial: bool, given: dict[str, str]) -> Source:
+    """The rows of a file, or of the files of a split that have some. Raises UserError.
 
     partial: accept a folder that lacks some of the files that its names count."""
-    labels = {}
+    columns, judged, counts = None, {}, {}
     for file in files_of(path, split, partial):
         with opened(file) as parquet:
-            check_columns(parquet.schema_arrow, file)
-            labels[str(file)] = check_labels(parquet.read(["label_0"])["label_0"], file)
-    labels = {file: column for file, column in labels.items() if len(column)}
-    if not labels:  # datasets cannot read a file without rows
+            schema = parquet.schema_arrow
+            columns = columns or recognise(schema.names, str(file), given)
+            check_columns(columns, schema, file)
+            if parquet.metadata.num_rows:  # datasets cannot read a file without rows
+                judged[str(file)] = plain_table(parquet.read(columns.judged))
+                counts[str(file)] = parquet.metadata.num_rows
+    if not judged:
         raise UserError(f"{path} has no pair left: it has no rows.")
-    return labels
+    return Source(
+        where=str(path),
+        columns=columns,
+        judged=below(judged),
+        files=counts,
+        root=path if path.is_dir() else path.absolute().parent,
+        table=lambda: copied(path, columns, judged),
+        sample=functools.partial(sample, columns),
+    )
+
+
+def below(tables: dict[str, "pyarrow.Table"]) -> "pyarrow.Table":
+    """The tables of {file: table} one below the other."""
+    import pyarrow as pa
+
+    try:
+        return pa.concat_tables([*tables.values()], promote_options="permissive")
+    except pa.ArrowException as error:
+        raise UserError(
+            f"The files of {Path(next(iter(tables))).parent} hold labels of several types: {error}."
+        ) from error
 
 
 def files_of(path: Path, split: str, partial: bool) -> list[Path]:
@@ -51,7 +78,7 @@ def files_of(path: Path, split: str, partial: bool) -> list[Path]:
         if path.suffix != ".parquet" or not path.is_file():
             raise UserError(f"{path} is {file_kind(path)}; pairs are read from {PAIRS}.")
         return [path]
-    files = sorted(file for file in path.rglob("*.parquet") if _counts(file, path))
+    files = visible(path, "*.parquet")
     named = {file: match for file in files if (match := PART.match(file.name))}
     if named:  # a copy of the hub's folder: do not train on its test split
         files = [file for file in files if file in named and named[file]["split"] == split]
@@ -66,10 +93,14 @@ def files_of(path: Path, split: str, partial: bool) -> list[Path]:
     return files
 
 
-def _counts(file: Path, folder: Path) -> bool:
-    """Whether it is a file; what is hidden (the Mac's ._x.parquet, .cache) is none of the data."""
-    return file.is_file() and not any(
-        part.startswith(".") for part in file.relative_to(folder).parts
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """Files in it, at any depth, sorted; what is hidden (the Mac's ._x.parquet, .cache) is none of
+    the data."""
+    return sorted(
+        file
+        for file in folder.rglob(pattern)
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.is_file()
     )
 
 
@@ -97,7 +128,7 @@ def _contents(folder: Path) -> str:
     """What a folder without pairs holds, in words."""
     files = (file for file in itertools.islice(folder.rglob("*.*"), 1000) if file.is_file())
     kinds = ", ".join(sorted({file.suffix for file in files})[:5])
-    return "no .parquet file and no saved dataset" + (f", but {kinds} files" if kinds else "")
+    return "no pairs that are known" + (f", but {kinds} files" if kinds else "")
 
 
 @contextlib.contextmanager
@@ -118,17 +149,18 @@ def opened(file: str | Path, **options):
 # Rows.
 
 
-def copied(path: Path, labels: dict[str, np.ndarray]) -> "datasets.Dataset":
-    """The rows in datasets' Arrow cache, which gives a row in 0.2 ms. UserError for a full disk.
+def copied(path: Path, columns: Columns, judged: dict) -> "datasets.Dataset":
+    """The rows in datasets' Arrow cache, which gives a row in 0.2 ms. judged: {file: table}.
+    UserError for a full disk.
 
     Parquet itself gives a random row with its row group: 35 MB and 30 ms in groups of 100 rows of
     350 KB, 335 MB and 300 ms in groups of 1,000. A step of 1,024 pairs would read 36 or 340 GB."""
     import datasets
 
-    builder = builder_of(labels)
+    builder = builder_of(columns, judged)
     cache, folder = Path(builder.cache_dir), expanded(datasets.config.HF_DATASETS_CACHE)
     if not cache.exists():
-        need = sum(_bytes(file) for file in labels)
+        need = sum(_bytes(file, columns) for file in judged)
         # What another rank is copying, or a killed one has copied, counts as room. It is measured
         # after the free space: while that rank writes, the sum is too large, never too small.
         room = shutil.disk_usage(folder).free + _size(Path(f"{cache}.incomplete"))
@@ -140,8 +172,11 @@ def copied(path: Path, labels: dict[str, np.ndarray]) -> "datasets.Dataset":
             )
     builder.download_and_prepare()
     rows = from_cache(builder, path, "train")
-    if not np.array_equal(rows.with_format("arrow")["label_0"], np.concatenate([*labels.values()])):
-        raise _damaged(builder, path, "its labels are not those of the files")
+    for name in columns.copied:
+        if name not in columns.read:
+            there = plain_table(rows.with_format("arrow").select_columns([name])[:])
+            if not there[name].equals(below(judged)[name].cast(there[name].type)):
+                raise _damaged(builder, path, "its labels are not those of the files")
     return rows
 
 
@@ -160,33 +195,35 @@ def _damaged(builder: "datasets.DatasetBuilder", where: str | Path, why: str) ->
     )
 
 
-def builder_of(labels: dict[str, np.ndarray]) -> "datasets.DatasetBuilder":
+def builder_of(columns: Columns, judged: dict) -> "datasets.DatasetBuilder":
     """datasets' own builder, given the files themselves: from patterns it could not read a path
     with [ or *. Its cache is named by what the files hold, since datasets looks at names and times
-    alone."""
+    alone. judged: {file: table}."""
     from datasets.data_files import DataFilesDict, DataFilesList
     from datasets.packaged_modules.parquet.parquet import Parquet
 
-    files = [str(Path(file).absolute()) for file in labels]
+    files, schemas = [str(Path(file).absolute()) for file in judged], []
     if odd := [file for file in files if "::" in file]:  # a chain of file systems to datasets
         raise UserError(f"{odd[0]}: rename what has '::' in its name, which datasets cannot read.")
-    pictures = False
     for file in files:
         with opened(file) as parquet:
-            kinds = [parquet.schema_arrow.field(name).type for name in PICTURES]
-        pictures |= any(map(is_picture, kinds))
-    seen = [(identity(file, labels[given]),) for file, given in zip(files, labels, strict=True)]
+            schemas.append(parquet.schema_arrow)
+    tables = zip(files, judged.values(), strict=True)
+    seen = [(identity(file, table, columns),) for file, table in tables]
     return Parquet(
         data_files=DataFilesDict({"train": DataFilesList(files, seen)}),
-        columns=list(COLUMNS),
-        features=features(pictures),
+        columns=columns.copied,
+        features=features(columns, schemas),
         hash="pairs",
     )
 
 
-def identity(file: str, labels: np.ndarray) -> str:
+def identity(file: str, judged: "pyarrow.Table", columns: Columns) -> str:
     """Changes with a file's time, size, labels, footer, and 16 blocks spread evenly."""
-    about, digest = Path(file).stat(), hashlib.sha256(labels.tobytes())
+    about, digest = Path(file).stat(), hashlib.sha256()
+    for name in columns.copied:
+        if name in judged.column_names:
+            digest.update(_content(judged[name]))
     digest.update(f"{about.st_mtime_ns} {about.st_size}".encode())
     with open(file, "rb") as opened:
         opened.seek(-8, 2)
@@ -199,12 +236,20 @@ def identity(file: str, labels: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _bytes(file: str) -> int:
+def _content(column: "pyarrow.ChunkedArray") -> bytes:
+    import pyarrow as pa
+
+    if pa.types.is_floating(column.type):
+        return numbers(column).tobytes()
+    return "\0".join(map(str, column.to_pylist())).encode()
+
+
+def _bytes(file: str, names: Columns) -> int:
     """Size of the columns that are read, decompressed."""
     with opened(file) as parquet:
         groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-    read = [column for column in columns if column.path_in_schema.split(".")[0] in COLUMNS]
+    read = [column for column in columns if column.path_in_schema.split(".")[0] in names.copied]
     return sum(column.total_uncompressed_size for column in read)
 
 
@@ -215,12 +260,15 @@ def _size(folder: Path) -> int:
     return 0
 
 
-def sample(labels: dict[str, np.ndarray], count: int, seed: int) -> Iterator[tuple[str, int, Any]]:
-    """(file, row in it, pair as a pyarrow.Table of one row) of `count` pairs that are no ties, or
-    a few less, from at most 8 row groups: of Pick-a-Pic 64 pairs by reading 2 GB of 335."""
+def sample(
+    columns: Columns, decided: dict[str, np.ndarray], count: int, seed: int
+) -> Iterator[tuple[str, int, Any]]:
+    """(file, row in it, a pyarrow batch of that row) of `count` rows, or a few less, among those
+    that are decided (a mask by file), from at most 8 row groups: of Pick-a-Pic 64 pairs by reading
+    2 GB of 335."""
     rng = np.random.default_rng(seed)
     groups = []
-    for file in rng.permutation(list(labels))[:8]:
+    for file in rng.permutation(list(decided))[:8]:
         with opened(file) as parquet:
             sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
         ends = np.cumsum(sizes)
@@ -230,11 +278,11 @@ def sample(labels: dict[str, np.ndarray], count: int, seed: int) -> Iterator[tup
         ]
     groups = [groups[i] for i in rng.permutation(len(groups))[:8]]
     for file, group, first, end in groups:
-        decided = first + np.flatnonzero(labels[file][first:end] != 0.5)
-        wanted = set(rng.permutation(decided)[: -(-count // len(groups))].tolist())
+        rows = first + np.flatnonzero(decided[file][first:end])
+        wanted = set(rng.permutation(rows)[: -(-count // len(groups))].tolist())
         with opened(file, buffer_size=2**20) as parquet:  # or it reads a column of a group at once
             at = first
-            for batch in parquet.iter_batches(8, row_groups=[group], columns=list(COLUMNS)):
+            for batch in parquet.iter_batches(8, row_groups=[group], columns=columns.read):
                 for row in sorted(wanted & set(range(at, at + len(batch)))):
                     yield file, row, batch.slice(row - at, 1)
                 at += len(batch)

@@ -12,6 +12,7 @@ from system.hub import reason
 
 # The most pixels of a picture, as decoded and as resized for training. Below PIL's own limits.
 PIXELS = 8192 * 8192
+LARGEST = 2**30  # bytes of a picture
 # Others are refused: they are rare in data, and a few of their readers start a program (EPS).
 FORMATS = ["PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM"]
 
@@ -24,6 +25,27 @@ def opened(file: Path | io.BytesIO) -> Image.Image:
     if (count := math.prod(image.size)) > PIXELS:
         raise ValueError(f"a picture has {count:,} pixels, more than {PIXELS:,}")
     return image
+
+
+def encoded(value: bytes | str | dict | None, root: Path) -> bytes:
+    """The bytes of a picture's cell: bytes, a path from `root`, datasets' {bytes, path}, or
+    {path, start, size} of a place in a file. Raises ValueError, or OSError."""
+    if isinstance(value, dict):
+        if value.get("size") is not None:
+            with open(value["path"], "rb") as file:
+                file.seek(value["start"])
+                return file.read(min(value["size"], LARGEST))
+        value = value["path"] if value.get("bytes") is None else value["bytes"]
+    if not isinstance(value, str):
+        return value or b""
+    if "://" in value:
+        raise ValueError(f"{value} is a link; download the pictures first")
+    file = root / value
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}")
+    if file.stat().st_size > LARGEST:
+        raise ValueError(f"{file} has more than {LARGEST} bytes")
+    return file.read_bytes()
 
 
 def decode(data: bytes) -> Image.Image:

@@ -1,32 +1,32 @@
-"""The columns that every source of pairs ends in, those of Pick-a-Pic v2, and their checks.
+"""The types that the columns of pairs may have, and what they are read as."""
 
-jpg_0, jpg_1    encoded pictures: bytes, or datasets' Image, a struct with bytes
-label_0         1 where picture 0 won, 0 where picture 1 won, 0.5 for a tie
-caption         text
-"""
-
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from sources.columns import Columns
 from system.files import UserError
 
 if TYPE_CHECKING:  # imported where they are used, since they take a second
     import datasets
     import pyarrow
 
-PICTURES = ("jpg_0", "jpg_1")
-COLUMNS = {"jpg_0": "binary", "jpg_1": "binary", "label_0": "numbers", "caption": "string"}
 
-
-def check_columns(schema: "pyarrow.Schema", where: str | Path):
+def check_columns(columns: Columns, schema: "pyarrow.Schema", where: str | Path):
     """Raises UserError for a column that is missing, or holds what cannot be read as its kind."""
-    for name, wanted in COLUMNS.items():
+    for role, name in columns.of.items():
+        if name not in [*columns.read, *columns.judged]:
+            continue  # a word, or best
         if name not in schema.names:
             raise UserError(f"{where} has no column '{name}', it has {', '.join(schema.names)}.")
+        wanted = WANTED.get(role, "a label")
         if not holds(wanted, kind := schema.field(name).type):
             raise UserError(f"Column '{name}' of {where} holds {kind}, it must hold {wanted}.")
+
+
+PICTURE, TEXT, LISTED = "pictures (bytes, or paths)", "text", "lists of two"
+WANTED = dict.fromkeys(("image_0", "image_1", "winner", "loser", "image"), PICTURE)
+WANTED |= {"caption": TEXT, "images": LISTED, "labels": LISTED}
 
 
 def holds(wanted: str, kind: "pyarrow.DataType") -> bool:
@@ -34,40 +34,60 @@ def holds(wanted: str, kind: "pyarrow.DataType") -> bool:
     from pyarrow import types as is_
 
     kind = kind.value_type if is_.is_dictionary(kind) else kind
-    if wanted == "numbers":
-        return any(
-            of(kind) for of in (is_.is_floating, is_.is_integer, is_.is_boolean, is_.is_decimal)
-        )
-    if wanted == "string":
-        return any(of(kind) for of in (is_.is_string, is_.is_large_string, is_.is_string_view))
-    if is_picture(kind):
-        kind = kind.field("bytes").type
-    every = is_.is_binary, is_.is_large_binary, is_.is_binary_view, is_.is_fixed_size_binary
-    return any(of(kind) for of in every)
+    text = any(of(kind) for of in (is_.is_string, is_.is_large_string, is_.is_string_view))
+    if wanted == TEXT:
+        return text
+    if wanted == LISTED:
+        return is_.is_list(kind) or is_.is_large_list(kind)
+    if wanted == PICTURE:
+        every = is_.is_binary, is_.is_large_binary, is_.is_binary_view, is_.is_fixed_size_binary
+        return text or is_picture(kind) or any(of(kind) for of in every)
+    every = is_.is_floating, is_.is_integer, is_.is_boolean, is_.is_decimal
+    return text or any(of(kind) for of in every)
 
 
 def is_picture(kind: "pyarrow.DataType") -> bool:
-    """Whether Arrow's `kind` is that of datasets' Image: a struct with bytes (and path)."""
+    """Whether Arrow's `kind` is that of datasets' Image: a struct with bytes and path."""
     from pyarrow import types
 
-    return types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    return types.is_struct(kind) and (
+        kind.get_field_index("bytes") >= 0 or kind.get_field_index("path") >= 0
+    )
 
 
-def features(pictures: bool) -> "datasets.Features":
-    """What all columns are cast to. pictures: to datasets' Image, which bytes can be cast to."""
+def features(columns: Columns, schemas: list["pyarrow.Schema"]) -> "datasets.Features":
+    """What the copied columns of all files are cast to: pictures to datasets' Image where one of
+    the files has it (bytes can be cast to it), else to bytes or paths."""
     from datasets import Features, Image, Value
+    from pyarrow import types as is_
 
-    picture = Image(decode=False) if pictures else Value("binary")
-    others = {"label_0": Value("float64"), "caption": Value("string")}
-    return Features({"jpg_0": picture, "jpg_1": picture, **others})
+    found = dict(Features.from_arrow_schema(plain_schema(schemas[0], columns.copied)))
+    kinds = [schema.field(name).type for schema in schemas for name in columns.pictures]
+    picture = (
+        None if any(is_.is_list(kind) or holds(TEXT, kind) for kind in kinds) else Value("binary")
+    )
+    if any(map(is_picture, kinds)):
+        picture = Image(decode=False)
+    if picture:
+        found |= dict.fromkeys(columns.pictures, picture)
+    return Features({sys.intern(name): feature for name, feature in found.items()})
 
 
-def check_labels(column: "pyarrow.ChunkedArray", where: str | Path) -> np.ndarray:
-    """The labels as float64. Raises UserError for the first that is none of 1, 0 and 0.5."""
-    labels = column.cast("float64", safe=False).to_numpy()
-    for row in np.flatnonzero(~np.isin(labels, (0.0, 0.5, 1.0)))[:1]:
-        raise UserError(
-            f"Row {row} (from 0) of {where} has label_0 {labels[row]}: it must be 1 where image 0 "
-            "won, 0 where image 1 won, 0.5 for a tie."
-        )
-    return labels
+def plain_schema(schema: "pyarrow.Schema", names: list[str]) -> "pyarrow.Schema":
+    """Numbers of all kinds as float64, text as string, others as they are."""
+    import pyarrow as pa
+
+    fields = []
+    for name in names:
+        kind = schema.field(name).type
+        if holds(TEXT, kind):
+            kind = pa.string()
+        elif holds("a label", kind):
+            kind = pa.float64()
+        fields.append((name, kind))
+    return pa.schema(fields)
+
+
+def plain_table(table: "pyarrow.Table") -> "pyarrow.Table":
+    """The table in the types of plain_schema."""
+    return table.cast(plain_schema(table.schema, table.column_names), safe=False)

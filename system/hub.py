@@ -32,9 +32,13 @@ PRESETS = {
 }
 ARCHITECTURES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
 LORA = "pytorch_lora_weights.safetensors"
-HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.parquet)"
+FILES = "safetensors parquet jsonl json csv tsv tar".split()
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*" + "".join(rf"(?<!\.{suffix})" for suffix in FILES)
 PICKAPIC, MIRROR = "yuvalkirstain/pickapic_v2", "liuhuohuo2/pick-a-pic-v2"
-PAIRS = "a .parquet file, a folder of them, a folder saved by datasets, or a hub id"
+PAIRS = (
+    "a .parquet, .csv, .tsv, .jsonl, .json or .tar file, a folder with them or with pictures, a "
+    "folder saved by datasets, or a hub id"
+)
 
 # -------------------------------------------------------------------------------------------------
 # The hub.

@@ -190,7 +190,7 @@ def test_a_hub_that_answers_with_any_status_is_reachable(network):
 def test_pairs_that_are_missing_are_told_before_the_hub_is_asked_for_them(network, tmp_path):
     asked = network(refuse)
     absent = "there is no file or folder of that name here"
-    assert f"'nowhere': {absent}; give a .parquet file" in refusal(hub.check_pairs, "nowhere")
+    assert f"'nowhere': {absent}; give a .parquet, .csv" in refusal(hub.check_pairs, "nowhere")
     hub.check_pairs("toy")
     hub.check_pairs(str(tmp_path))
     assert not asked

@@ -33,9 +33,12 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
 
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="PATH",
-        help="pairs in Pick-a-Pic v2's columns: hub id, .parquet file, folder of them, folder "
-             "saved by datasets; 'toy' draws the tiny model's; Pick-a-Pic v2 left the hub in 2025: "
-             "give a folder with a copy of its parquet files")
+        help="pairs: a .parquet, .csv, .jsonl or .tar file, a folder with them or with pictures "
+             "(NAME_winner.png, NAME_loser.png, NAME.txt), a folder saved by datasets, a hub id; "
+             "'toy' draws the tiny model's; Pick-a-Pic v2 left the hub in 2025: give a copy")
+    add("--columns", nargs="+", default=[], metavar="ROLE=NAME",
+        help="which columns hold a pair, if their names are none that are known: winner=a loser=b "
+             "caption=c, or image_0=a image_1=b label_0=c caption=d; docs/data.md has all roles")
     add("--split", default="train", help="split of a hub id or DatasetDict")
     add("--partial-data", action="store_true",
         help="train on a folder that lacks some of the files that its names count (train-00000-of-"

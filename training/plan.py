@@ -119,7 +119,7 @@ class Plan:
     resolution: int  # pixels
     images_per_pair: int  # that are trained on: 2, or the winner alone
     strata: int  # cells of the timesteps
-    pairs: Any  # datasets.Dataset without ties
+    pairs: data.Rows  # without ties
     fingerprint: str  # of the pairs
     sampled: int  # pairs that were decoded
     broken: list[str]  # what was wrong with some of them
@@ -271,7 +271,7 @@ def read_pairs(args: argparse.Namespace):
                 f"({error.strerror}): start in another folder, or draw them yourself (python "
                 f"{ROOT / 'toy.py'} pairs --out FOLDER) and give --data FOLDER/pairs.parquet."
             ) from error
-    return data.read_pairs(args.data, args.split, args.dry_run, args.partial_data)
+    return data.read_pairs(args.data, args.split, args.dry_run, args.partial_data, args.columns)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -300,6 +300,7 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
         f"parameters, {plan.resolution} px{f', LoRA of rank {rank}' if rank else ''}",
         "data": f"{args.data}, {len(plan.pairs):,} pairs without ties; the run sees {seen:,} "
         f"({seen / len(plan.pairs):.2f} epochs)",
+        "read as": plan.pairs.description,
         "batch": f"{args.batch} pairs = {args.micro_batch} x {plan.world} rank(s) x "
         f"{plan.accumulation} accumulated",
         "steps": f"{args.steps}; lr {args.lr:g} after {args.warmup} of warm-up; "

@@ -1,0 +1,68 @@
+"""Pairs that datasets reads itself: what its save_to_disk wrote, and data sets of the hub."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sources.columns import recognise
+from sources.parquet import from_cache
+from sources.rows import Source
+from sources.schema import check_columns, plain_table
+from system.files import UserError
+from system.hub import reachable
+
+if TYPE_CHECKING:  # imported where it is used, since it takes a second
+    import datasets
+
+
+def is_saved(path: Path) -> bool:
+    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+
+
+def on_disk(path: Path, split: str, given: dict[str, str]) -> Source:
+    """The rows of a folder that datasets has saved, read where they are. Raises UserError."""
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # of datasets and pyarrow, which have no common class
+        raise UserError(
+            f"{path} cannot be read as a folder that datasets has saved; copy it again, or if its "
+            "pairs are in parquet files, move its state.json and dataset_dict.json away."
+        ) from error
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise UserError(f"{path} has no split '{split}', it has {', '.join(dataset)}.")
+        dataset = dataset[split]
+    return _source(dataset, str(path), path, given)
+
+
+def on_hub(name: str, split: str, given: dict[str, str]) -> Source:
+    """The rows of a data set of the hub, downloaded where they are not in the cache."""
+    import datasets
+
+    datasets.config.HF_HUB_OFFLINE |= not reachable()
+    builder = datasets.load_dataset_builder(name)
+    if features := builder.info.features:  # before the download
+        schema = features.arrow_schema
+        check_columns(recognise(schema.names, name, given), schema, name)
+    builder.download_and_prepare()
+    if re.split(r"[\[+]", split)[0] not in builder.info.splits:  # or train[:1000], train+test
+        there = ", ".join(builder.info.splits)
+        raise UserError(f"{name} has no split '{split}', it has {there}.")
+    return _source(from_cache(builder, name, split), name, Path(), given)
+
+
+def _source(dataset: "datasets.Dataset", where: str, root: Path, given: dict[str, str]) -> Source:
+    schema = dataset.features.arrow_schema
+    columns = recognise(schema.names, where, given)
+    check_columns(columns, schema, where)
+    arrow = dataset.with_format("arrow")
+    return Source(
+        where=where,
+        columns=columns,
+        judged=plain_table(arrow.select_columns(columns.judged)[:]),
+        files={where: len(dataset)},
+        root=root,
+        table=lambda: dataset.select_columns(columns.read),
+    )
