@@ -37,13 +37,12 @@ from torch import Tensor
 from sources import named, parquet, saved, tables
 from sources.columns import asked
 from sources.pictures import PIXELS, decode, what_is_broken
-from sources.rows import Rows, Source
+from sources.rows import PICTURES, Rows, Source
 from system.files import UserError, expanded
 from system.hub import check_pairs, reason
 from system.workers import PREFETCH, Loader, Spawn, in_shared_memory, leave_if_orphaned
 
 ORDER, AUGMENT, REPLACE, SAMPLE = 0, 1, 2, 3  # keep the random streams of one seed apart
-PICTURES = ("jpg_0", "jpg_1")
 BROKEN_LIMIT = 100  # tries to find a whole pair; more mean that hardly any is
 
 
@@ -171,7 +170,8 @@ def read_pair(
     images = []
     for name in PICTURES:
         try:
-            images.append(preprocess(decode(pair[name] or b""), resolution, crop_at, flip))
+            image = decode(pair[name] or b"")
+            images.append(preprocess(image, resolution, crop_at, flip))
         except Exception as error:  # PIL: OSError, SyntaxError, ValueError, MemoryError, ...
             raise ValueError(f"{name}: {what_is_broken(error)}") from error
     if pair["jpg_0"] == pair["jpg_1"]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # imported where they are used, since they take a second
     import datasets
     import pyarrow
 
+PICTURES = ("jpg_0", "jpg_1")  # of a row
 ODD = 0.01  # the share of labels that may be none; more mean that they have another meaning
 
 
@@ -117,9 +118,9 @@ class Rows:
         found = {}
         for i, picture in enumerate(pictures):
             try:
-                found[f"jpg_{i}"] = encoded(picture, self.root)
+                found[PICTURES[i]] = encoded(picture, self.root)
             except (ValueError, OSError) as error:
-                raise ValueError(f"jpg_{i}: {error}") from error
+                raise ValueError(f"{PICTURES[i]}: {error}") from error
         found |= {"label_0": float(self.labels[row]), "caption": cells[0][columns.of["caption"]]}
         if self.strengths is not None:
             found["strength"] = float(self.strengths[row])

@@ -1,0 +1,1 @@
+"""Preparing pairs for training: drawn, judged, weighed. May import evaluation and below."""
