@@ -21,7 +21,9 @@ from pathlib import Path
 
 from system.program import Parser, reported
 
-KINDS = {"parquet": 1000, "folders": 500, "prompts": 300, "manifests": 300, "runs": 150}  # cases
+# Cases of each kind.
+KINDS = {"parquet": 3000, "folders": 1500, "sources": 5000}
+KINDS |= {"prompts": 300, "manifests": 300, "runs": 150}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,7 +31,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("kinds", nargs="*", metavar="KIND",
         help=f"one or more of {', '.join(KINDS)} (default: all)")  # fmt: skip
-    add("--cases", type=int, metavar="N", help="of each kind (default: 2,250 in all)")
+    add(
+        "--cases",
+        type=int,
+        metavar="N",
+        help=f"of each kind (default: {sum(KINDS.values()):,} in all)",
+    )
     add("--seed", type=int, default=0, help="of the cases")
     add("--report", type=Path, metavar="FILE", help="Markdown file, whose section is replaced")
     args = parser.parse_args(argv)
@@ -62,9 +69,10 @@ import hypothesis
 from tqdm import tqdm
 
 from evaluation import tables
-from lab import odd_inputs
+from lab import odd_inputs, odd_sources
 from system.files import UserError, write_section
 
+TARGETS = odd_inputs.TARGETS | {"sources": odd_inputs.Kind(odd_sources.sources, odd_sources.run)}
 LATE, GROWTH = 60, 2**21  # seconds; KiB
 ALLOWED = ("correct", "sentence")
 
@@ -133,7 +141,7 @@ def fuzz(kind: str, cases: int, seed: int, place: int = 0) -> dict:
     """{outcomes: {outcome: how many}, growth, seconds, failure}, failure being the smallest case
     found that ended otherwise than ALLOWED, with its output, or ""."""
     global OWN
-    target, since = odd_inputs.TARGETS[kind], time.monotonic()
+    target, since = TARGETS[kind], time.monotonic()
     counts, most, failure, seeds = Counter(), 0, "", []
     odd_inputs.bomb()  # once, in the parent of all cases
     bar = tqdm(total=cases, desc=kind, unit="case", position=place)

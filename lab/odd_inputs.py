@@ -3,7 +3,7 @@
 A kind has a hypothesis strategy, whose cases are plain values, and a function that makes a case's
 files in an empty folder and gives them to a program as a user would. It returns "correct", or
 "mismatch: ..." where the program has made something else than it should. A new reader of data gets
-a kind of its own, at the end of this file."""
+a kind of its own, at the end of this file, or in odd_sources.py."""
 
 import functools
 import io

@@ -95,9 +95,8 @@ def report(rows: Rows, found: list[Seen], tokens: Callable[[list[str]], list[int
     if whole:
         lines["duplicates"] = _duplicates(whole)
         lines["sizes"] = _sizes([size for seen in whole for size in seen.sizes])
-        lines["captions"] = (
-            f"{len(set(captions)):,} different; {sum(not text.strip() for text in captions):,} empty"
-        )
+        empty = sum(not text.strip() for text in captions)
+        lines["captions"] = f"{len(set(captions)):,} different; {empty:,} empty"
         if tokens:
             counts = sorted(tokens(captions))
             cut = sum(count > CUT for count in counts)

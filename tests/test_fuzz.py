@@ -1,9 +1,14 @@
 """lab/fuzz.py: how a case may end, and that it finds what is broken."""
 
+import contextlib
+import tempfile
+from pathlib import Path
+
+import hypothesis
 import pytest
 
 import data
-from lab import fuzz
+from lab import fuzz, odd_sources
 from system.files import UserError, write_section
 
 
@@ -63,3 +68,10 @@ def test_a_section_is_replaced_and_the_others_stay(tmp_path):
     file.write_text(f"# Page\n\nHead.\n\n{file.read_text()}")
     write_section(file, "Two", "4")
     assert file.read_text() == "# Page\n\nHead.\n\n## One\n\n3\n\n### Sub\n\n## Two\n\n4\n"
+
+
+@hypothesis.settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@hypothesis.given(odd_sources.sources)
+def test_tables_names_and_tars_give_their_own_pairs_or_a_sentence(case):
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(UserError):
+        assert odd_sources.run(case, Path(folder)) == "correct"
