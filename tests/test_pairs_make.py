@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import refusal
 from launch import start
 from PIL import Image
 
@@ -101,14 +102,16 @@ def test_the_winner_is_the_best_picture_of_its_prompt_and_the_loser_the_worst(st
 
 
 def test_training_reads_the_file_as_any_other(stub):
-    run("--limit", 4)
+    run("--limit", 8)
     read = data.read_pairs("out.parquet")
-    assert [read[i]["jpg_0"] for i in range(4)] == [row["jpg_0"] for row in rows()]
-    winner, _, caption = data.read_pair(read[0], 64)
-    kept = toy.preference(Image.fromarray(winner.permute(1, 2, 0).numpy()))
-    row = rows()[0]
-    seeds = [row["seed_0"], row["seed_1"]]
-    assert kept == max(toy.preference(drawn(caption, seed)) for seed in seeds)
+    assert len({row["label_0"] for row in read}) == 2
+    for pair, row in zip(read, rows(), strict=True):
+        assert pair == {key: row[key] for key in pair}
+        winner, loser, caption = data.read_pair(pair, 64)
+        kept = [drawn(caption, row[f"seed_{i}"]) for i in range(2)]
+        best, worst = sorted(kept, key=toy.preference, reverse=True)
+        for pixels, image in ((winner, best), (loser, worst)):
+            assert (pixels.permute(1, 2, 0).numpy() == np.asarray(image)).all()
 
 
 def test_each_occurrence_of_a_prompt_and_each_round_has_a_pair_of_its_own_pictures(stub):
@@ -256,6 +259,25 @@ def test_scores_of_other_pictures_are_refused(stub, capsys):
         picture.unlink()
     said = refused(capsys, "--limit", 2, "--first-seed", 9)
     assert "'out.pictures/preference' holds values of another command (images: " in said
+
+
+def test_a_rank_that_fails_stops_the_others_before_their_next_part(tmp_path, monkeypatch):
+    """What another rank does, whose GPU is too small, happens here amid this one's second part."""
+    monkeypatch.setattr(parts, "PART", 4)
+    others = iter([None, (tmp_path / "failed").touch])
+
+    def work(numbers):
+        if fail := next(others, None):
+            fail()
+        return list(numbers)
+
+    parts.work_in_parts(tmp_path, {}, 18, work, "parts")
+    assert len(list(tmp_path.glob("0*.json"))) == 2
+    parts.work_in_parts(tmp_path, {}, 18, work, "parts")  # the next try begins without it
+    assert parts.read_parts(tmp_path, 18) == list(range(18))
+    (tmp_path / "00002.json").write_text('{"values": [8]}')
+    said = refusal(parts.read_parts, tmp_path, 18)
+    assert "00002.json' is damaged: it has no list of 4 values; delete it and repeat" in said
 
 
 MISTAKES = {
