@@ -8,7 +8,8 @@ from system.files import UserError, is_number
 
 # Per unit of margin, the log-odds that the picture with the higher score is preferred.
 #   pickscore           1: exp(logit_scale) is in the score, whose softmax the model was trained by
-#   hps, hps-v2.0     100: likewise, but the score is the cosine alone; CLIP's logit_scale is 100
+#   hps, hps-v2.0     100: likewise, but the score is the cosine alone; 100 is where CLIP's training
+#                     caps exp(logit_scale), taken for both and not read from their files
 #   preference         20: stated, not found; the toy's tie of 0.02 is 60 : 40, and 0.1 is 88 : 12
 # CLIP was trained to tell which text belongs to an image, and the aesthetic predictor to guess mean
 # ratings: the margins of both order pictures, and no published scale makes odds of them.
