@@ -97,12 +97,14 @@ def test_the_judge_that_labelled_the_pairs_agrees_with_all(drawn, capsys):
 
 
 def test_agreement_is_the_share_above_one_half_with_its_interval(drawn, capsys):
+    """A pair of equal pictures has strength 0.5, and does not count."""
     turned = [row | ({"label_0": 1 - row["label_0"]} if i % 3 == 0 else {})
               for i, row in enumerate(drawn)]  # fmt: skip
+    turned.append(drawn[0] | {"jpg_1": drawn[0]["jpg_0"]})
     write(turned)
-    right = [i % 3 > 0 for i in range(len(turned))]
+    right = [i % 3 > 0 for i in range(len(drawn))] + [False]
     low, high = winrate.interval(right, [row["caption"] for row in turned], share=True)
-    score()
+    assert score()[-1]["strength"] == 0.5
     said = f"agrees with {np.mean(right):.1%} [{low:.1%}, {high:.1%}] of the labels"
     assert said in capsys.readouterr().out
 
