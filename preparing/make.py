@@ -215,9 +215,8 @@ def finish(args: Namespace, manifest: dict, about: dict) -> str:
     more |= {f"margin_{judge}": pa.float64() for judge in args.judge}
     more |= {"seed_0": pa.int64(), "seed_1": pa.int64(), "model": pa.string()}
     table.write_pairs(args.out, (row_of(p, args, manifest) for p in chosen), more, about)
-    said = [
-        f"{manifest['prompts']:,} prompts x {args.rounds} round(s) of {args.per_prompt} pictures"
-    ]
+    each = f"{manifest['prompts']:,} prompts, {args.per_prompt} to choose a pair from"
+    said = [f"{pictures:,} pictures of {each}"]
     said += [f"{len(chosen):,} pairs in {args.out}; groups {without}"]
     for judge, margins in zip(args.judge, np.transpose([p.margins for p in chosen]), strict=True):
         low, middle, high = np.quantile(margins, [0.1, 0.5, 0.9])
