@@ -1,13 +1,16 @@
-"""Prepare preference pairs: make them out of a model's own pictures, judge how clear they are.
+"""Prepare preference pairs: look at them, convert them, make them, say how clear they are.
 
+    python pairs.py look mine                             # counts, broken pairs, a contact sheet
+    python pairs.py check mine --out rejected.jsonl       # read everything, list what is broken
+    python pairs.py convert mine --out pairs.parquet      # one file of training's own columns
     python pairs.py make --model sdxl --prompts prompts.txt --judge pickscore --out mine.parquet
     torchrun --nproc_per_node 8 pairs.py make --model out/sdxl-inpo --prompts prompts.txt \\
                        --per-prompt 8 --judge pickscore hps --out second.parquet
     python pairs.py score liuhuohuo2/pick-a-pic-v2 --judge pickscore --out weighed.parquet
 
-The result is a parquet file of pairs, for --data of train_inpo.py. The same command continues an
-interrupted one, on any number of GPUs, to the same rows; a changed one is refused where it would
-mix with what is there."""
+What convert, make and score write is a parquet file of pairs, for --data of train_inpo.py. The same
+make or score again continues an interrupted one, on any number of GPUs, to the same file; a changed
+one is refused where it would mix with what is there."""
 
 import argparse
 from pathlib import Path
@@ -22,12 +25,65 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Raises UserError for wrong flags."""
     parser = Parser("pairs.py", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, add, said in (("make", add_make, MAKE), ("score", add_score, SCORE)):
-        add(commands.add_parser(name, help=said.split(": ")[0], description=said))
+    for name, (said, add_flags) in COMMANDS.items():
+        add_flags(commands.add_parser(name, help=said.split(": ")[0], description=said))
     args = parser.parse_args(argv)
     if args.command == "make":
         check_make(args)
     return args
+
+
+# --------------------------------------------------------------------------------------------------
+# look, check, convert
+
+LOOK = "say what some pairs hold, and draw a few of them"
+CHECK = "read all pairs, and list those that training would leave out"
+CONVERT = "write the pairs that can be read as one parquet file, in training's own columns"
+
+
+def add_look(parser: argparse.ArgumentParser):
+    # fmt: off
+    add = parser.add_argument
+    add_source(add)
+    add("--sample", type=int, default=256, metavar="N", help="pairs to read, at random")
+    add("--seed", type=int, default=0, help="of which they are")
+    add_reading(add)
+    add("--out", type=Path, default=Path("pairs.png"), metavar="FILE", help="the contact sheet")
+    # fmt: on
+
+
+def add_check(parser: argparse.ArgumentParser):
+    # fmt: off
+    add_source(parser.add_argument)
+    add_reading(parser.add_argument)
+    parser.add_argument("--out", type=Path, default=Path("rejected.jsonl"), metavar="FILE",
+        help="list of {file, row, reason}")
+    # fmt: on
+
+
+def add_convert(parser: argparse.ArgumentParser):
+    add_source(parser.add_argument)
+    add_out(parser.add_argument)
+
+
+def add_source(add):
+    # fmt: off
+    add("source", metavar="PAIRS", help="what train_inpo.py takes as --data")
+    add("--split", default="train", metavar="NAME", help="of a hub id or DatasetDict")
+    add("--columns", nargs="+", default=[], metavar="ROLE=NAME",
+        help="which columns hold a pair, see train_inpo.py")
+    # fmt: on
+
+
+def add_reading(add):
+    # fmt: off
+    add("--workers", type=int, default=0, metavar="N", help="processes that read")
+    add("--model", default="sdxl", help="whose tokenizer counts the captions' tokens")
+    # fmt: on
+
+
+def add_out(add):
+    add("--out", type=Path, required=True, metavar="FILE", help="*.parquet, to be written")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -94,8 +150,7 @@ strength is the judge's probability that the labelled winner is preferred, 0 to 
 def add_score(parser: argparse.ArgumentParser):
     # fmt: off
     add = parser.add_argument
-    add("source", metavar="PAIRS", help="what train_inpo.py takes as --data")
-    add("--split", default="train", metavar="NAME", help="of the pairs")
+    add_source(add)
     add("--judge", required=True, choices=TITLES, metavar="JUDGE",
         help="that gives a probability: pickscore, hps, hps-v2.0, or the toy's preference")
     add_places(add)
@@ -106,22 +161,30 @@ def add_places(add):
     # fmt: off
     add("--scorer-folder", type=Path, metavar="FOLDER",
         help="copies of the judges' hub repositories, as FOLDER/owner/name (default: the hub)")
-    add("--out", type=Path, required=True, metavar="FILE", help="*.parquet, to be written")
+    add_out(add)
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     # fmt: on
 
 
 # --------------------------------------------------------------------------------------------------
 
+COMMANDS = {
+    "look": (LOOK, add_look),
+    "check": (CHECK, add_check),
+    "convert": (CONVERT, add_convert),
+    "make": (MAKE, add_make),
+    "score": (SCORE, add_score),
+}
+
 
 def main(argv: list[str] | None = None):
     with reported("pairs.py"):
         args = parse(argv)
-        if args.command == "make":  # imported here, since that takes seconds
-            from preparing.make import run
-        else:
-            from preparing.score import run
-        run(args)
+        from preparing import look, make, score  # here, since that takes seconds
+
+        calls = {"look": look.look, "check": look.check, "convert": look.convert}
+        calls |= {"make": make.run, "score": score.run}
+        calls[args.command](args)
 
 
 if __name__ == "__main__":

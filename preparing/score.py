@@ -23,7 +23,7 @@ from evaluation import gallery, scorers, winrate
 from preparing import parts, table
 from preparing.judges import check_probability, judged, probability
 from sources.pictures import decode, what_is_broken
-from sources.schema import PICTURES
+from sources.rows import PICTURES, Rows
 from system import processes
 from system.files import UserError, expanded, write
 from system.lock import alone
@@ -40,9 +40,13 @@ def check(args: Namespace) -> dict:
         raise UserError(f"--out '{args.out}' would become one of the pairs of {source}; move it.")
     check_probability(args.judge)
     scorers.check(args.judge, [], args.scorer_folder)
-    rows = data.read_pairs(args.source, args.split)
+    rows = open_pairs(args)
     about = {"command": "score", "judge": args.judge, "pairs": len(rows)}
     return about | {"fingerprint": data.fingerprint(rows)}
+
+
+def open_pairs(args: Namespace) -> Rows:
+    return data.read_pairs(args.source, args.split, columns=args.columns)
 
 
 def run(args: Namespace):
@@ -54,14 +58,14 @@ def run(args: Namespace):
         if processes.on_main(lambda: table.is_written(args.out, about)):
             print0(f"{args.out} is complete.")
             return
-        rows = processes.together(lambda: data.read_pairs(args.source, args.split))
+        rows = processes.together(lambda: open_pairs(args))
         folder = args.out.with_suffix(".parts")
         with alone(folder):
             score(args, rows, folder, about)
             print0(processes.on_main(lambda: finish(args, rows, folder, about)))
 
 
-def score(args: Namespace, rows, folder: Path, about: dict):
+def score(args: Namespace, rows: Rows, folder: Path, about: dict):
     """Of each pair [score of picture 0, of picture 1], or what of it is broken, in parts."""
     judge = processes.together(
         lambda: scorers.load(args.judge, args.scorer_folder, gallery.device())
@@ -86,19 +90,16 @@ def score(args: Namespace, rows, folder: Path, about: dict):
     parts.work_in_parts(folder, about, len(rows), work, args.judge)
 
 
-def encoded(value: bytes | dict | None) -> bytes:
-    return (value["bytes"] if isinstance(value, dict) else value) or b""
-
-
 def read(pair: dict) -> tuple[list, str]:
-    """(both pictures, caption). Raises whatever is wrong with them."""
+    """(both pictures, caption). Raises whatever is wrong with them, as data.read_pair does."""
     images = []
     for name in PICTURES:
         try:
-            images.append(decode(encoded(pair[name])))
+            images.append(decode(pair[name] or b""))
         except Exception as error:  # PIL: OSError, SyntaxError, ValueError, MemoryError, ...
             raise ValueError(f"{name}: {what_is_broken(error)}") from error
-    return images, pair["caption"] or ""
+    data.check_pair(pair)
+    return images, pair["caption"]
 
 
 def strength(judge: str, scores: list[float], label: float) -> float:
@@ -107,7 +108,7 @@ def strength(judge: str, scores: list[float], label: float) -> float:
     return probability(judge, winner - loser)
 
 
-def finish(args: Namespace, rows, folder: Path, about: dict) -> str:
+def finish(args: Namespace, rows: Rows, folder: Path, about: dict) -> str:
     """Write the pairs; what is said of them. Rank 0."""
     found = parts.read_parts(folder, len(rows))
     broken = [row for row, scores in enumerate(found) if isinstance(scores, str)]
@@ -120,11 +121,9 @@ def finish(args: Namespace, rows, folder: Path, about: dict) -> str:
             if isinstance(scores, str):
                 continue
             pair = rows[row]
-            pictures = {name: encoded(pair[name]) for name in PICTURES}
-            caption, label = pair["caption"] or "", pair["label_0"]
-            strengths.append(strength(args.judge, scores, label))
-            captions.append(caption)
-            yield pictures | {"label_0": label, "caption": caption, "strength": strengths[-1]}
+            strengths.append(strength(args.judge, scores, pair["label_0"]))
+            captions.append(pair["caption"])
+            yield pair | {"strength": strengths[-1]}
 
     if broken:
         write(listed(args.out), "".join(line(rows, row, found[row]) for row in broken))
@@ -145,7 +144,6 @@ def listed(out: Path) -> Path:
     return out.with_suffix(".broken.jsonl")
 
 
-def line(rows, row: int, reason: str) -> str:
-    origin = getattr(rows, "origin", None)
-    place = dict(zip(("file", "file_row"), origin(row), strict=True)) if origin else {}
-    return json.dumps({"row": row, **place, "reason": reason}) + "\n"
+def line(rows: Rows, row: int, reason: str) -> str:
+    file, file_row = rows.origin(row)
+    return json.dumps({"row": row, "file": file, "file_row": file_row, "reason": reason}) + "\n"

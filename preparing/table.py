@@ -1,4 +1,4 @@
-"""A file of pairs: parquet with the columns of sources/schema.py, and what was found out of them.
+"""A file of pairs: parquet with the columns of Pick-a-Pic, and what was found out of them.
 
 Its metadata say which command wrote it, so that the same one knows that it is done."""
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sources import parquet
-from sources.schema import PICTURES
+from sources.rows import PICTURES
 from system.files import UserError, differences, replacing
 
 COLUMNS = {"jpg_0": pa.binary(), "jpg_1": pa.binary(), "label_0": pa.float64()}
