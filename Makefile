@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 READY_DEV := .venv/ready-dev
 
-.PHONY: demo test test-all lint table tune ablation bench full-size scale chaos fuzz clean
+.PHONY: demo circle test test-all lint table tune ablation bench full-size scale chaos fuzz clean
 
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
@@ -26,6 +26,12 @@ demo: $(READY)
 	$(BIN)/python evaluate.py --models base=tiny aligned=out/demo/aligned --prompts toy --seeds 16 --out out/demo
 	cp out/demo/aligned/curves.png out/demo/curves.png
 	@echo "Look at out/demo/toy.png and out/demo/curves.png."
+
+# Align the embedded model with pairs of its own pictures, see docs/made_pairs.md.
+circle: $(READY)
+	$(BIN)/python pairs.py make --model tiny --prompts toy-train --rounds 8 --judge preference --out out/circle/pairs.parquet
+	$(BIN)/python train_inpo.py --model tiny --data out/circle/pairs.parquet --out out/circle/aligned
+	$(BIN)/python evaluate.py --models base=tiny aligned=out/circle/aligned --prompts toy --seeds 16 --out out/circle
 
 # The paper's table in miniature, the settings that were tried, and an ablation; each continues where
 # it was stopped.

@@ -163,6 +163,14 @@ def preprocess(
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
+def check_pair(pair: dict):
+    """Raises ValueError for what is wrong with a row whose pictures can be read."""
+    if pair["jpg_0"] == pair["jpg_1"]:
+        raise ValueError("both pictures are the same")
+    if pair["caption"] is None:
+        raise ValueError("it has no caption")
+
+
 def read_pair(
     pair: dict, resolution: int, crop_at: tuple[float, float] | None = None, flip: bool = False
 ) -> tuple[Tensor, Tensor, str]:
@@ -174,10 +182,7 @@ def read_pair(
             images.append(preprocess(image, resolution, crop_at, flip))
         except Exception as error:  # PIL: OSError, SyntaxError, ValueError, MemoryError, ...
             raise ValueError(f"{name}: {what_is_broken(error)}") from error
-    if pair["jpg_0"] == pair["jpg_1"]:
-        raise ValueError("both pictures are the same")
-    if pair["caption"] is None:
-        raise ValueError("it has no caption")
+    check_pair(pair)
     winner, loser = images if pair["label_0"] == 1 else reversed(images)
     return winner, loser, pair["caption"]
 

@@ -45,7 +45,6 @@ same folder are refused. A table of other models is kept under its date. Under -
 """
 
 import argparse
-import gc
 import os
 import re
 from pathlib import Path
@@ -138,6 +137,7 @@ import model
 import toy
 from evaluation import gallery, scorers, tables, winrate
 from evaluation.gallery import generate, score
+from evaluation.models import choose_settings, family, free, load, precision
 from evaluation.prompts import PromptSet
 from evaluation.prompts import read as read_prompts
 from system import hub, processes
@@ -146,9 +146,6 @@ from system.processes import print0
 
 # --------------------------------------------------------------------------------------------------
 # Checks: what a user can get wrong is said before a model draws.
-
-USUAL = {"tiny": (12, 2.0, 16), "sdxl": (50, 5.0, 4), "sd15": (50, 7.5, 16)}
-FLAGS = "steps", "guidance", "batch"  # of USUAL
 
 
 class Source(NamedTuple):
@@ -186,7 +183,6 @@ def check(args: argparse.Namespace) -> tuple[Found, list[str]]:
     for scorer in judges:
         scorers.check(scorer, every, args.scorer_folder)
 
-    dtype = "float32" if gallery.device().type == "cpu" else "float16"
     found = {}
     for prompts in sets:
         images = gallery.plan_images(prompts, args.seeds, args.first_seed, args.limit)
@@ -197,7 +193,7 @@ def check(args: argparse.Namespace) -> tuple[Found, list[str]]:
                 manifest = gallery.read_pictures(given[name], prompts, args.limit)
                 row[name] = Source(given[name], manifest, False)
                 continue
-            about = {"name": name, "model": path, "base": bases[name], "dtype": dtype}
+            about = {"name": name, "model": path, "base": bases[name], "dtype": precision()}
             about |= {"architecture": hub.architecture(around[name])} | settings[name] | asked
             row[name] = Source(args.out / "images" / prompts.name / name, about, True)
         gallery.refuse_mixing({name: source.manifest for name, source in row.items()})
@@ -219,12 +215,6 @@ def identify(name: str, found: Found):
             gallery.refuse_others(folder, row[name].manifest)
 
 
-def load(manifest: dict):
-    """The pipeline that a manifest tells of, on the CPU."""
-    dtype = getattr(torch, manifest["dtype"])
-    return model.load_any(manifest["model"], manifest["base"], dtype)
-
-
 def check_out(out: Path):
     if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
         raise UserError(f"--out '{out}' is a file, or lies in one, and must be a folder.")
@@ -233,30 +223,6 @@ def check_out(out: Path):
         raise UserError(f"--out '{out}' cannot be written; name a folder of yours.")
     if out.is_dir():
         os.close(lock(out))  # another job that is writing there is told of before models load
-
-
-def family(pipeline: str) -> str:
-    """tiny, sdxl or sd15: of USUAL. An SDXL is tiny with latents up to 32 px."""
-    kind, size = hub.architecture(pipeline), hub.read_config(pipeline, "unet").get("sample_size")
-    if type(size) is not int:
-        raise UserError(
-            f"'{pipeline}' has sample_size {size} in its UNet's config.json; write one number "
-            "there, the side of the latents."
-        )
-    return "tiny" if kind == "sdxl" and size <= 32 else kind
-
-
-def choose_settings(args: argparse.Namespace, families: dict[str, str]) -> dict[str, dict]:
-    """{name: {steps, guidance, batch}}: the flags, else what is usual for {name: family}."""
-    settings = {name: {} for name in families}
-    for i, flag in enumerate(FLAGS):
-        usual, asked = {name: USUAL[kind][i] for name, kind in families.items()}, vars(args)[flag]
-        if asked is None and flag != "batch" and len(set(usual.values())) > 1:
-            each = ", ".join(f"{name} {value:g}" for name, value in usual.items())
-            raise UserError(f"the models differ in their usual {flag} ({each}); give --{flag}.")
-        for name, value in usual.items():
-            settings[name][flag] = value if asked is None else asked
-    return settings
 
 
 def read_sets(sources: list[str] | None, given: dict[str, Path], tiny: bool) -> list[PromptSet]:
@@ -310,13 +276,6 @@ def judge(scorer: str, folder: Path | None, found: Found) -> dict:
         }
         for key, row in found.items()
     }
-
-
-def free():
-    """Make room for the next model; modules may refer to each other in circles."""
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def report(found: Found, judged: dict[str, dict], out: Path) -> dict:

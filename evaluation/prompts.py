@@ -24,6 +24,7 @@ PUBLISHED = {  # name: (data set on the hub, its files)
     "hpdv2-test": ("zhwang/HPDv2", ["test.json"]),
     "parti": ("nateraw/parti-prompts", ["PartiPrompts.tsv"]),
 }
+TOYS = {"toy": "heldout", "toy-train": "train"}  # name: split
 Rows = list[tuple[str, str | None]]  # (prompt, its category or None)
 
 
@@ -37,12 +38,13 @@ class PromptSet:
 def read(source: str) -> PromptSet:
     """The prompts of a source, in its order and with its repetitions. Raises UserError.
 
-    source: toy (the captions that alignment never sees); hpdv2 (the benchmark, its styles are the
-    categories), hpdv2-test (the prompts of HPDv2's test split), parti; one of these three as
-    NAME=PATH of a local copy; a .txt file with one prompt per line, whose blank lines and outer
-    blanks are dropped; or a .tsv file with the columns Prompt and Category. Files are UTF-8."""
-    if source == "toy":
-        return PromptSet("toy", toy.prompts("heldout"), None)
+    source: toy (the captions that alignment never sees), toy-train (the others); hpdv2 (the
+    benchmark, its styles are the categories), hpdv2-test (the prompts of HPDv2's test split),
+    parti; one of these three as NAME=PATH of a local copy; a .txt file with one prompt per line,
+    whose blank lines and outer blanks are dropped; or a .tsv file with the columns Prompt and
+    Category. Files are UTF-8."""
+    if source in TOYS:
+        return PromptSet(source, toy.prompts(TOYS[source]), None)
     (name, copied, copy), path = source.partition("="), expanded(source)
     if name in PUBLISHED:
         hub, files = PUBLISHED[name]
@@ -55,7 +57,9 @@ def read(source: str) -> PromptSet:
         name, rows = re.sub(r"[^\w.-]+", "-", path.stem).lstrip("."), _rows(path, path.name)
     else:
         found = f"{file_kind(path)}, not" if os.path.isfile(path) else "not"
-        known = f"toy, {', '.join(PUBLISHED)}, NAME=PATH of a local copy, or a .txt or .tsv file"
+        known = (
+            f"{', '.join([*TOYS, *PUBLISHED])}, NAME=PATH of a local copy, or a .txt or .tsv file"
+        )
         raise UserError(f"'{source}' is {found} a prompt set: use {known}.")
     if not rows:
         raise UserError(f"'{source}' holds no prompt.")

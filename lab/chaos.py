@@ -2,9 +2,10 @@
 
     python -m lab.chaos --out out/chaos      # make chaos: writes docs/reliability.md
 
-Training, an export of its checkpoint, a judgement of its model and a study, each with the same
-command twice. One is left alone. The other one is killed or stopped, and the same command starts it
-again, until it ends. Then both must have left the same files, equal byte for byte but for times.
+Training, an export of its checkpoint, a judgement of its model, a study and pairs that a model
+draws, each with the same command twice. One is left alone. The other one is killed or stopped, and
+the same command starts it again, until it ends. Then both must have left the same files, equal byte
+for byte but for times.
 
 A kill waits for a moment, which is known by the file that is written then, and for a random time.
 Each step of the training writes a checkpoint, so that many kills come while one is written.
@@ -33,7 +34,7 @@ from system.program import Parser, reported
 
 FLAGS = "--model tiny --steps 40 --batch 4 --micro-batch 2 --workers 2 --sample-every 20"
 FLAGS += " --checkpoint-every 1 --export-every 2"
-NAMES = "train", "export", "evaluate", "study"
+NAMES = "train", "export", "evaluate", "study", "pairs"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -86,10 +87,13 @@ study.main(["tune", "--out", sys.argv[1]])
 def programs(flags: list[str], ranks: int, folder: Path) -> dict[str, Program]:
     """Of NAMES. What comes after training takes the model of the undisturbed one."""
     model, judged = folder / "train" / "calm", "--prompts toy --limit 9 --steps 10 --batch 1"
+    make = "make --model tiny --prompts toy-train --limit 9 --steps 10 --batch 1 --judge preference"
     start = {"its start": ""}
     train = {"a step": "metrics.jsonl", "a checkpoint": "checkpoints/*.partial"}
     train |= {"a UNet in unets/": "unets/*.new", "its end": "vae/*"}
     judge = {"a picture": "images/*/*/*.png", "its tables": "scores.json"}
+    draw = {"a picture": "*.pictures/*.png", "its scores": "*.pictures/*/*.json"}
+    draw |= {"its pairs": "*.parquet.*.new"}
     study = {"a training": "runs/*/metrics.jsonl", "a judgement": "runs/*/images/*/*.png"}
     return {
         "train": Program(
@@ -108,6 +112,11 @@ def programs(flags: list[str], ranks: int, folder: Path) -> dict[str, Program]:
         ),
         "study": Program(
             lambda out: ["-c", STUDY, out], start | study | {"its tables": "judgements.json"}
+        ),
+        "pairs": Program(
+            lambda out: [ROOT / "pairs.py", *make.split(), f"--out={out / 'pairs.parquet'}"],
+            start | draw,
+            ranks,
         ),
     }
 
@@ -278,7 +287,7 @@ def chaos(args: argparse.Namespace) -> dict[str, list[dict]]:
     every = programs(args.flags.split(), args.ranks, folder)
     for name in NAMES:
         if name in args.programs:
-            kills = {"train": args.kills, "export": 6, "evaluate": 6, "study": 4}[name]
+            kills = {"train": args.kills, "export": 6, "evaluate": 6, "study": 4, "pairs": 8}[name]
             try:
                 done[name] = storm(every[name], folder / name, kills, args.seed)
             except UserError as error:
@@ -301,7 +310,8 @@ def report(done: dict[str, list[dict]], args: argparse.Namespace, seconds: float
         f"{seconds:.0f} s. `train` is, on {args.ranks} ranks,\n\n"
         f"```\ntrain_inpo.py {args.flags}\n```\n\n"
         "`export` is `training.export` of its last checkpoint, `evaluate` is `evaluate.py` of its "
-        "model, and `study` is `lab.study` of one variant. Each was run undisturbed, and run again "
+        "model, `study` is `lab.study` of one variant, and `pairs` is `pairs.py make` on as many "
+        "ranks as the training. Each was run undisturbed, and run again "
         f"with kills at random instants, {len(rows)} in all, {during} of them while something was "
         "half written; each time the same command started it again. **All files are equal byte for "
         "byte**, but for times; nothing half written is left.\n\n"

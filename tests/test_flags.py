@@ -67,6 +67,7 @@ def test_no_flag_of_any_program_accepts_what_is_not_finite(flags, capsys):
 MISTYPED = {
     "evaluate.py": ["--models", "base=tiny", "x=no/such/folder"],
     "train_inpo.py": ["--model", "tiny", "--unet", "./nowhere"],
+    "pairs.py": "make --prompts a.txt --judge hps --out a.pq --model no/such/folder".split(),
 }
 
 

@@ -6,8 +6,10 @@ from graphlib import TopologicalSorter
 
 from system.files import ROOT
 
-LAYERS = ["invert loss", "system", "sources", "data model toy", "evaluation", "training"]
-LAYERS += ["train_inpo evaluate", "lab"]  # a layer may import itself and those before it
+# A layer may import itself and those before it; training and preparing leave each other alone.
+LAYERS = ["invert loss", "system", "sources", "data model toy", "evaluation"]
+LAYERS += ["training preparing", "train_inpo evaluate pairs", "lab"]
+BESIDE = {"training": "preparing", "preparing": "training"}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 FILES = [*ROOT.glob("*.py"), *(file for name in LEVEL for file in ROOT.glob(f"{name}/*.py"))]
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}
@@ -30,10 +32,11 @@ def test_imports_point_down_and_go_in_no_circle():
     for name, found in graph.items():
         parts, level = {other.split(".")[0] for other in found}, LEVEL[name.split(".")[0]]
         assert not [part for part in parts if part == "" or LEVEL.get(part, 0) > level], name
+        assert BESIDE.get(name.split(".")[0]) not in parts, name
         assert level or parts <= {"torch", *sys.stdlib_module_names}, name
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_the_root_shows_the_method_and_its_jobs():
-    files = "data evaluate invert loss model toy train_inpo".split()
+    files = "data evaluate invert loss model pairs toy train_inpo".split()
     assert sorted(file.stem for file in ROOT.glob("*.py")) == files

@@ -61,6 +61,7 @@ def parti(tmp_path):
 def test_toy_is_the_captions_that_alignment_never_sees():
     assert read("toy") == PromptSet("toy", toy.prompts("heldout"), None)
     assert not set(read("toy").prompts) & set(toy.prompts("train"))
+    assert read("toy-train") == PromptSet("toy-train", toy.prompts("train"), None)
 
 
 @pytest.mark.parametrize("layout", ["of the hub", "flat"])
@@ -175,7 +176,7 @@ def test_a_file_names_its_set_and_the_name_is_good_for_a_folder(tmp_path, file, 
 
 TABLE, TEST = "Prompt\tCategory\n", "hpdv2-test={}/a.json"
 MISTAKES = {
-    "unknown": ("drawbench", None, "'drawbench' is not a prompt set: use toy, hpdv2, hpdv2-test, "),
+    "unknown": ("drawbench", None, "'drawbench' is not a prompt set: use toy, toy-train, hpdv2, "),
     "another format": ("{}/a.json", "[]", "is a .json file, not a prompt set: use toy, "),
     "another name": ("mine={}/a", None, "NAME=PATH of a local copy, or a .txt or .tsv file."),
     "no file": ("{}/a.txt", None, "'{}/a.txt' cannot be read: No such file or directory."),
