@@ -237,9 +237,10 @@ def bucketed(rows: Rows, shapes: list[tuple[int, int]], block: int, seed: int) -
 def sampled_shapes(
     rows: Rows, shapes: list[tuple[int, int]], count: int = 64
 ) -> dict[tuple[int, int], float]:
-    """Shares of the shapes among the pairs of a `sample`, of which only the headers are read."""
+    """Shares of the shapes among the pairs of a `sample`, of which only the headers are read; {}
+    where there is no sample."""
     sizes = [buckets.sizes_of(read) for _, read in rows.some(count, SAMPLE)]
-    members = buckets.assign(np.array(sizes).reshape(-1, 2, 2), shapes, block=1)
+    members = buckets.assign(np.array(sizes), shapes, block=1) if sizes else {}
     return {shape: len(rows) / len(sizes) for shape, rows in members.items()}
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import distance, metrics, refuse, weights
 from launch import launch
 from PIL import Image
-from test_data import by_number, dataset_of, encode
+from test_data import by_number, encode
 
 import data
 import model
@@ -40,14 +40,22 @@ def noisy(rows=ROWS, sizes=SIZES) -> dict[str, list]:
     return table
 
 
-@pytest.fixture(scope="module")
-def rows() -> datasets.Dataset:
-    return dataset_of(noisy())
+def rows_of(table: dict) -> data.Rows:
+    """In a file of its own, beside the cache of the test."""
+    folder = datasets.config.HF_DATASETS_CACHE
+    file = folder / f"{len(list(folder.glob('*.parquet')))}.parquet"
+    pq.write_table(pa.table(table), file)
+    return data.read_pairs(str(file))
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def rows(cache) -> data.Rows:
+    return rows_of(noisy())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,8 +143,13 @@ def test_sizes_are_read_once_and_kept_and_read_again_where_the_file_is_damaged(r
     file.write_bytes(file.read_bytes()[:-1])
     assert np.array_equal(buckets.read_sizes(rows, "key"), sizes) and len(read) == 4 * ROWS
     assert len(buckets.read_sizes(rows.select(range(5)), "other")) == 5
-    broken = dataset_of(noisy(3) | {"jpg_0": [b"no picture", b"", noisy(3)["jpg_0"][2]]})
+    broken = rows_of(noisy(3) | {"jpg_0": [b"no picture", b"", noisy(3)["jpg_0"][2]]})
     assert buckets.read_sizes(broken, "broken").min((1, 2)).tolist() == [0, 0, 24]
+
+
+def test_a_sample_tells_shares_and_where_there_is_none_nothing(rows):
+    assert data.sampled_shapes(rows, SHAPES) == dict.fromkeys(SHAPES, 1 / 3)
+    assert data.sampled_shapes(SimpleNamespace(some=lambda *_: iter(())), SHAPES) == {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,8 +264,8 @@ def test_a_later_start_gives_what_would_have_come_then(rows):
 
 def test_winner_and_loser_share_crop_and_flip_in_their_bucket():
     table = noisy()
-    table["jpg_1"] = table["jpg_0"]
-    pairs = pairs_of(dataset_of(table))
+    table["jpg_1"] = [encoded + b"\0" for encoded in table["jpg_0"]]  # in other bytes
+    pairs = pairs_of(rows_of(table))
     items = [pairs[n] for n in range(24)]
     assert all(item["winner"].equal(item["loser"]) for item in items)
 
@@ -261,14 +274,14 @@ def test_a_broken_pair_is_replaced_from_its_bucket_and_a_broken_bucket_from_othe
     table = noisy()
     for row in range(0, ROWS, 3):  # all that are wide, but two
         table["jpg_0"][row] = table["jpg_0"][row][: None if row < 6 else 90]  # its header is whole
-    pairs = pairs_of(dataset_of(table))
+    pairs = pairs_of(rows_of(table))
     for n in range(48):
         item = pairs[n]
         assert item["winner"].shape[1:] == pairs.order.shape(n)
         assert SHAPES[item["row"] % 3] == pairs.order.shape(n)
     for row in (0, 3):
         table["jpg_0"][row] = table["jpg_0"][row][:90]
-    pairs = pairs_of(dataset_of(table))
+    pairs = pairs_of(rows_of(table))
     items = [pairs[n] for n in range(48)]
     wide = [item for n, item in enumerate(items) if pairs.order.shape(n) == SHAPES[0]]
     assert wide and all(item["winner"].shape[1:] == SHAPES[0] for item in wide)
@@ -322,7 +335,7 @@ def test_each_picture_of_a_pair_has_its_own_sizes_and_without_the_flag_those_of_
         (True, [[24, 30, 0, 2, 16, 16], [24, 40, 0, 5, 16, 16]]),
         (False, [[16, 16, 0, 0, 16, 16]] * 2),
     ):
-        pairs = Pairs(dataset_of(table), 16, 0, flip=False, true_sizes=flag)
+        pairs = Pairs(rows_of(table), 16, 0, flip=False, true_sizes=flag)
         (batch,) = loader(pairs, 0, 1, 0, 1, 1, 1)
         assert batch["sizes"] == wanted
 

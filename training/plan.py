@@ -236,7 +236,7 @@ def shape_pairs(args: argparse.Namespace, pairs, resolution: int, side: int) -> 
         return None, {(resolution, resolution): 1.0}
     shapes = buckets.shapes(resolution, side)
     if args.dry_run:
-        return None, data.sampled_shapes(pairs, shapes)
+        return None, data.sampled_shapes(pairs, shapes) or {(resolution, resolution): 1.0}
     order = data.bucketed(pairs, shapes, args.buckets, args.seed)
     return order, order.shares()
 
