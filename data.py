@@ -2,11 +2,11 @@
 
     pairs = Pairs(read_pairs("out/toy/pairs"), resolution=64, seed=0)
     for batch in loader(pairs, 0, steps=40, rank=0, world=1, micro_batch=8, accumulation=2):
-        batch["pixels"], batch["captions"]  # (2P, 3, R, R) uint8, winners first; P captions
+        batch["pixels"], batch["captions"]  # (2P, 3, h, w) uint8, winners first; P captions
 
 A pair has one number for the whole run: n = step * G + place, where G is the global batch. Its row,
-crop, flip and caption dropout are functions of (seed, n) alone. So the data do not depend on ranks,
-workers, accumulation or interruptions, and a resumed run counts on from its step.
+shape, crop, flip and caption dropout are functions of (seed, n) alone. So the data do not depend on
+ranks, workers, accumulation or interruptions, and a resumed run counts on from its step.
 
 Where this departs from the released script, and why:
  1. A pair that cannot be read (an image, a caption) is left out, and named; another, drawn from
@@ -15,8 +15,8 @@ Where this departs from the released script, and why:
  2. The pair shares its flip and random crop. There each image draws its own, so that winner and
     loser also differ by what nobody judged.
  3. A batch may cross the end of an epoch. There the last incomplete batch is lost.
- 4. Transparency becomes white, the EXIF orientation is applied, and grey of more than 8 bits is
-    scaled. There all three are ignored.
+ 4. Transparency becomes white, the EXIF orientation is applied, colours are those of the embedded
+    profile, and grey of more than 8 bits is scaled. There all four are ignored.
  5. Labels other than 0, 0.5 and 1 are an error where they are more than 1 %. There all such rows
     are removed like ties.
  6. A pair of one picture with itself is broken, and one without a caption. There both are trained
@@ -27,22 +27,22 @@ import hashlib
 import itertools
 import math
 import pickle
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from sources import named, parquet, saved, tables
+from sources import buckets, named, parquet, saved, tables
 from sources.columns import asked
+from sources.order import Bucketed, Shuffled
 from sources.pictures import PIXELS, decode, what_is_broken
 from sources.rows import PICTURES, Rows, Source
 from system.files import UserError, expanded
 from system.hub import check_pairs, reason
 from system.workers import PREFETCH, Loader, Spawn, in_shared_memory, leave_if_orphaned
 
-ORDER, AUGMENT, REPLACE, SAMPLE = 0, 1, 2, 3  # keep the random streams of one seed apart
+AUGMENT, SAMPLE = 1, 3  # with those of sources/order.py, the random streams of one seed
 BROKEN_LIMIT = 100  # tries to find a whole pair; more mean that hardly any is
 
 
@@ -137,28 +137,46 @@ def fingerprint(rows: Rows) -> str:
 # One pair, a function of (seed, n).
 
 
-def preprocess(
-    image: Image.Image, resolution: int, crop_at: tuple[float, float] | None, flip: bool
-) -> Tensor:
-    """Resize the shorter side to `resolution` pixels, crop a square, mirror.
+def placed(
+    image: tuple[int, int], size: int | tuple[int, int], crop_at: tuple[float, float] | None
+) -> tuple[tuple[int, int], int, int]:
+    """((height, width) that an image (height, width) is resized to, top and left of its crop).
 
-    image: RGB. crop_at: (across, down) in [0, 1), the place in the room left; None is the centre.
-    Bilinear with antialiasing, as released. Returns (3, resolution, resolution) uint8, 0..255, a
-    quarter of what fp32 takes on its way to the device (model.encode_images scales it). Raises
-    ValueError for a picture so long that it would have more than PIXELS pixels before the crop (at
-    1024 px one of 1 : 64): cropping first would round otherwise.
-    Limit: an image that already has this size keeps its pixels."""
-    size = tuple(resolution * side // min(image.size) for side in image.size)
-    if math.prod(size) > PIXELS:
-        shape = " x ".join(map(str, image.size))
-        raise ValueError(f"a picture of {shape} pixels is too long for {resolution} px")
-    image = image.resize(size, Image.Resampling.BILINEAR)
-    room = [side - resolution for side in size]
-    if crop_at is None:
-        left, top = room[0] // 2, room[1] // 2
+    size: of the crop, (height, width), or the side of a square. The image covers it, and no more:
+    the other side is longer than the crop's, or as long. crop_at: (across, down) in [0, 1), the
+    place in the room left; None is the centre."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if height * image[1] >= width * image[0]:
+        resized = height, height * image[1] // image[0]
     else:
-        left, top = (int(at * (free + 1)) for at, free in zip(crop_at, room, strict=True))
-    pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))
+        resized = width * image[0] // image[1], width
+    room = resized[0] - height, resized[1] - width
+    if crop_at is None:
+        return resized, room[0] // 2, room[1] // 2
+    across, down = crop_at
+    return resized, int(down * (room[0] + 1)), int(across * (room[1] + 1))
+
+
+def preprocess(
+    image: Image.Image,
+    size: int | tuple[int, int],
+    crop_at: tuple[float, float] | None,
+    flip: bool,
+) -> Tensor:
+    """Resize, crop, mirror. image: RGB. size, crop_at: see `placed`.
+
+    Bilinear with antialiasing, as released. Returns (3, height, width) uint8, 0..255, a quarter of
+    what fp32 takes on its way to the device (model.encode_images scales it). Raises ValueError for
+    a picture so long that it would have more than PIXELS pixels before the crop (at 1024 px one of
+    1 : 64): cropping first would round otherwise.
+    Limit: an image that already has this size keeps its pixels."""
+    height, width = (size, size) if isinstance(size, int) else size
+    resized, top, left = placed(image.size[::-1], size, crop_at)
+    if math.prod(resized) > PIXELS:
+        shape = " x ".join(map(str, image.size))
+        raise ValueError(f"a picture of {shape} pixels is too long for {width} x {height}")
+    image = image.resize(resized[::-1], Image.Resampling.BILINEAR)
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)))
     pixels = pixels[:, ::-1] if flip else pixels
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
@@ -171,20 +189,35 @@ def check_pair(pair: dict):
         raise ValueError("it has no caption")
 
 
+def told(
+    image: tuple[int, int], size: tuple[int, int], crop_at: tuple[float, float] | None, flip: bool
+) -> list[int]:
+    """What SDXL was told of an image (height, width) in training (2307.01952, section 2.2):
+    its height and width before it was resized, top and left of its crop after that, and the
+    crop's height and width. Mirrored first, then cropped, as in diffusers' training script."""
+    resized, top, left = placed(image, size, crop_at)
+    left = resized[1] - size[1] - left if flip else left
+    return [*image, top, left, *size]
+
+
 def read_pair(
-    pair: dict, resolution: int, crop_at: tuple[float, float] | None = None, flip: bool = False
-) -> tuple[Tensor, Tensor, str]:
-    """(winner, loser, caption) of a row. Raises ValueError, which says what of it is broken."""
+    pair: dict,
+    size: int | tuple[int, int],
+    crop_at: tuple[float, float] | None = None,
+    flip: bool = False,
+) -> tuple[Tensor, Tensor, str, tuple[tuple[int, int], tuple[int, int]]]:
+    """(winner, loser, caption, (height, width) of both pictures before) of a row. Raises
+    ValueError, which says what of it is broken."""
     images = []
     for name in PICTURES:
         try:
             image = decode(pair[name] or b"")
-            images.append(preprocess(image, resolution, crop_at, flip))
+            images.append((preprocess(image, size, crop_at, flip), image.size[::-1]))
         except Exception as error:  # PIL: OSError, SyntaxError, ValueError, MemoryError, ...
             raise ValueError(f"{name}: {what_is_broken(error)}") from error
     check_pair(pair)
-    winner, loser = images if pair["label_0"] == 1 else reversed(images)
-    return winner, loser, pair["caption"]
+    (winner, before_w), (loser, before_l) = images if pair["label_0"] == 1 else reversed(images)
+    return winner, loser, pair["caption"], (before_w, before_l)
 
 
 def sample(rows: Rows, resolution: int, count: int = 64) -> tuple[int, list[str]]:
@@ -200,58 +233,58 @@ def sample(rows: Rows, resolution: int, count: int = 64) -> tuple[int, list[str]
     return len(drawn), broken
 
 
+def bucketed(rows: Rows, shapes: list[tuple[int, int]], block: int, seed: int) -> Bucketed:
+    """The order of all rows in these shapes, in blocks of so many pairs. UserError."""
+    sizes = buckets.read_sizes(rows, fingerprint(rows))
+    return Bucketed(buckets.assign(sizes, shapes, block), block, seed)
+
+
+def sampled_shapes(
+    rows: Rows, shapes: list[tuple[int, int]], count: int = 64
+) -> dict[tuple[int, int], float]:
+    """Shares of the shapes among the pairs of a `sample`, of which only the headers are read; {}
+    where there is no sample."""
+    sizes = [buckets.sizes_of(read) for _, read in rows.some(count, SAMPLE)]
+    members = buckets.assign(np.array(sizes), shapes, block=1) if sizes else {}
+    return {shape: len(rows) / len(sizes) for shape, rows in members.items()}
+
+
 class Pairs(torch.utils.data.Dataset):
-    """Pair n of a run, n = 0, 1, ... without end. An epoch is len(self) pairs, in a new order.
+    """Pair n of a run, n = 0, 1, ... without end.
 
     dataset: from `read_pairs`, or any sequence of such rows. resolution: pixels. crop: "center" or
     "random". flip: mirror half of the pairs. caption_dropout: share of pairs whose caption becomes
-    "". Raises ValueError."""
+    "". order: which row is pair n, in which shape; if not given, squares, and an epoch is len(self)
+    pairs, in a new order.
+    true_sizes: tell SDXL of each picture's own, in place of the published (h, w, 0, 0, h, w) of
+    what is left of it. Raises ValueError."""
 
     def __init__(
-        self, dataset, resolution: int, seed: int, crop="center", flip=True, caption_dropout=0.2
-    ):
+        self, dataset, resolution: int, seed: int, crop="center", flip=True, caption_dropout=0.2,
+        order: Bucketed | None = None, true_sizes=False,
+    ):  # fmt: skip
         if crop not in ("center", "random"):
             raise ValueError(f"crop is '{crop}', it must be 'center' or 'random'.")
         self.dataset, self.resolution, self.seed = dataset, resolution, seed
         self.crop, self.flip, self.caption_dropout = crop, flip, caption_dropout
-        self._epoch = self._order = self._shared = None
+        self.order = order or Shuffled(len(dataset), seed, (resolution, resolution))
+        self.true_sizes, self._shared = true_sizes, None
 
     def __getstate__(self) -> dict:
-        """For workers: the rows' files and numbers (7 MB for Pick-a-Pic) go into shared memory. If
-        the state exceeded a pipe (64 KB), the trainer would wait for each worker's imports."""
+        """For workers: the rows' files and numbers (7 MB for Pick-a-Pic), and as many of the order,
+        go into shared memory. If the state exceeded a pipe (64 KB), the trainer would wait for each
+        worker's imports."""
         if self._shared is None:  # an attribute, since it must live until the worker has started
-            rows = bytearray(pickle.dumps(self.dataset))
+            rows = bytearray(pickle.dumps((self.dataset, self.order)))
             self._shared = in_shared_memory(torch.frombuffer(rows, dtype=torch.uint8))
-        return self.__dict__ | {"dataset": None, "_epoch": None, "_order": None}
+        return self.__dict__ | {"dataset": None, "order": None}
 
     def __setstate__(self, state: dict):
-        shared = state.pop("_shared").numpy()
-        self.__dict__ |= state | {"dataset": pickle.loads(shared), "_shared": None}
+        dataset, order = pickle.loads(state.pop("_shared").numpy())
+        self.__dict__ |= state | {"dataset": dataset, "order": order, "_shared": None}
 
     def __len__(self) -> int:
         return len(self.dataset)
-
-    def row(self, n: int) -> int:
-        """The row of pair n: entry n mod N of the permutation that (seed, n div N) gives."""
-        epoch, place = divmod(n, len(self))
-        if epoch != self._epoch:
-            rng = np.random.default_rng([self.seed, ORDER, epoch])
-            self._epoch, self._order = epoch, rng.permutation(len(self))
-        return int(self._order[place])
-
-    def tries(self, n: int) -> Iterator[int]:
-        """The row of pair n, then those that take its place while they are broken.
-
-        On its k-th try the rows of an epoch are mapped one to one to others, by i -> a i + b mod N
-        with a and b drawn from (seed, epoch, k): so none takes the place of two, and over epochs
-        all are seen alike. (The next rows in order would be those behind broken ones.)"""
-        size, row = len(self), self.row(n)
-        yield row
-        for k in itertools.count(1):
-            rng = np.random.default_rng([self.seed, REPLACE, n // size, k])
-            while math.gcd(a := int(rng.integers(1, size + 1)), size) > 1:
-                pass
-            yield (a * row + int(rng.integers(size))) % size
 
     def place(self, row: int) -> dict:
         """The file of a row and its number there, from 0, where they are known."""
@@ -264,26 +297,30 @@ class Pairs(torch.utils.data.Dataset):
         crop_at = (across, down) if self.crop == "random" else None
         return crop_at, bool(self.flip and flip < 0.5), bool(drop < self.caption_dropout)
 
-    def read(self, row: int, crop_at: tuple[float, float] | None, flip: bool):
-        """(winner, loser, caption) of a row, see `read_pair`."""
-        return read_pair(self.dataset[row], self.resolution, crop_at, flip)
+    def read(self, row: int, *how) -> tuple:
+        """(winner, loser, caption, sizes before) of a row, see `read_pair`."""
+        return read_pair(self.dataset[row], *how)
 
     def __getitem__(self, n: int) -> dict:
-        """winner, loser: (3, R, R) uint8. caption, row, n. broken: the rows in whose place
-        this one came, as dictionaries of n, row, file, file_row, and the reason.
+        """winner, loser: (3, h, w) uint8. sizes: of both what SDXL is told, see `told`. caption,
+        row, n. broken: the rows in whose place this one came, as dictionaries of n, row, file,
+        file_row, and the reason.
 
         UserError where 100 rows are broken, one after the other."""
-        crop_at, flip, drop = self.augmentation(n)
+        shape, (crop_at, flip, drop) = self.order.shape(n), self.augmentation(n)
         broken = []
-        for row in itertools.islice(self.tries(n), BROKEN_LIMIT):
+        for row in itertools.islice(self.order.tries(n), BROKEN_LIMIT):
             try:  # whatever cannot be read is left out: a cell, a caption, a picture
-                winner, loser, caption = self.read(row, crop_at, flip)
+                winner, loser, caption, before = self.read(row, shape, crop_at, flip)
             except Exception as error:
                 place, why = self.place(row), what_is_broken(error)
                 broken.append({"n": n, "row": row, **place, "reason": why})
                 continue
-            item = {"winner": winner, "loser": loser, "row": row, "n": n, "broken": broken}
-            return {**item, "caption": "" if drop else caption}
+            sizes = [[*shape, 0, 0, *shape]] * 2
+            if self.true_sizes:
+                sizes = [told(image, shape, crop_at, flip) for image in before]
+            item = {"winner": winner, "loser": loser, "sizes": sizes, "row": row, "n": n}
+            return {**item, "broken": broken, "caption": "" if drop else caption}
         raise UserError(
             f"{BROKEN_LIMIT} pairs, drawn one after the other, are broken, the last one row {row} "
             f"(from 0, ties not counted): {broken[-1]['reason']}; check the data."
@@ -307,14 +344,15 @@ def pair_numbers(
 
 
 def collate(items: list[dict]) -> dict:
-    """pixels (2P, 3, R, R) uint8, winners first, then losers; captions; n, row (P,); broken,
-    joined."""
+    """pixels (2P, 3, h, w) uint8, winners first, then losers; sizes, 2P lists of `told`, likewise;
+    captions; n, row (P,); broken, joined."""
     pixels = [item["winner"] for item in items] + [item["loser"] for item in items]
     pixels = torch.stack(pixels)
     if torch.utils.data.get_worker_info():  # else a thread would do it, whose errors are lost
         in_shared_memory(pixels)
     return {
         "pixels": pixels,
+        "sizes": [item["sizes"][side] for side in (0, 1) for item in items],
         "captions": [item["caption"] for item in items],
         "n": torch.tensor([item["n"] for item in items]),
         "row": torch.tensor([item["row"] for item in items]),

@@ -264,7 +264,8 @@ def identity(pipeline: DiffusionPipeline) -> str:
 
 @torch.no_grad()
 def encode_prompts(pipeline: DiffusionPipeline, captions: list[str], size: int) -> dict:
-    """The UNet's conditioning for captions (B); SDXL's sizes are `size` pixels, its crop (0, 0).
+    """The UNet's conditioning for captions (B); SDXL's sizes are `size` pixels, its crop (0, 0):
+    other ones by `tell_sizes`.
 
     Returns {"encoder_hidden_states": (B, L, D)}, for SDXL also {"added_cond_kwargs":
     {"text_embeds": (B, E), "time_ids": (B, 6)}}, in the dtype of the text encoders. An empty
@@ -280,6 +281,19 @@ def encode_prompts(pipeline: DiffusionPipeline, captions: list[str], size: int) 
     time_ids = torch.tensor([size, size, 0, 0, size, size], device=device, dtype=text.dtype)
     added = {"text_embeds": pooled, "time_ids": time_ids.expand(len(captions), -1)}
     return {"encoder_hidden_states": text, "added_cond_kwargs": added}
+
+
+def tell_sizes(cond: dict, sizes: list[list[int]]) -> dict:
+    """cond that tells SDXL of these sizes, one row an image; SD1.5, which asks for none, gets cond
+    as it is.
+
+    sizes: of each image height and width of the original, top and left of the crop, height and
+    width of the target. They become fp32 for any text: bf16 has no number between 1020 and 1024."""
+    if "added_cond_kwargs" not in cond:
+        return cond
+    added = cond["added_cond_kwargs"]
+    time_ids = torch.tensor(sizes, dtype=torch.float32, device=added["time_ids"].device)
+    return cond | {"added_cond_kwargs": added | {"time_ids": time_ids}}
 
 
 def repeat(cond: dict, times: int = 2) -> dict:

@@ -85,6 +85,7 @@ def train(args: Namespace, plan: Plan, stop: processes.Stop):
             noise = generators(args.seed, batch["n"])[: images * args.micro_batch]
             x0 = encoder.images(batch["pixels"][: len(noise)], noise)
             cond = model.repeat(encoder.prompts(batch["captions"]), images)
+            cond = model.tell_sizes(cond, batch["sizes"][: len(noise)])
             t = draw_timesteps(args.seed, batch["n"], at_once, plan.strata, plan.timesteps)
             t = t.repeat(images)
 

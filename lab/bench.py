@@ -177,9 +177,9 @@ def data_seconds(resolution: int, pairs: int = 4) -> float:
     pair = {"jpg_0": file.getvalue(), "jpg_1": file.getvalue(), "label_0": 1.0, "caption": ""}
     start, items = time.perf_counter(), []
     for n in range(pairs):
-        winner, loser, caption = data.read_pair(pair, resolution)
+        winner, loser, caption, _ = data.read_pair(pair, resolution)
         item = {"winner": winner, "loser": loser, "caption": caption}
-        items.append(item | {"n": n, "row": n, "broken": []})
+        items.append(item | {"sizes": [[], []], "n": n, "row": n, "broken": []})
     data.collate(items)
     return (time.perf_counter() - start) / pairs
 

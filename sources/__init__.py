@@ -1,1 +1,1 @@
-"""Readers of preference pairs, all ending in one schema. May import system and below."""
+"""Readers of preference pairs, and the order in which they come. May import system and below."""

@@ -526,8 +526,8 @@ def test_a_rank_beyond_the_world_is_refused():
 def test_each_row_is_seen_once_an_epoch_in_an_order_of_its_own():
     dataset = dataset_of(columns())
     pairs, other = Pairs(dataset, SIZE, seed=0), Pairs(dataset, SIZE, seed=1)
-    epochs = [[pairs.row(e * ROWS + i) for i in range(ROWS)] for e in range(3)]
-    epochs.append([other.row(i) for i in range(ROWS)])
+    epochs = [[pairs.order.row(e * ROWS + i) for i in range(ROWS)] for e in range(3)]
+    epochs.append([other.order.row(i) for i in range(ROWS)])
     assert all(sorted(order) == list(range(ROWS)) for order in epochs)
     assert len({tuple(order) for order in epochs} | {tuple(range(ROWS))}) == 5
 
@@ -952,9 +952,9 @@ def test_a_broken_image_drops_its_pair_and_all_others_still_match(kind, tmp_path
     items = [pairs[n] for n in range(ROWS)]
     assert {item["row"] for item in items} == set(range(ROWS)) - {2, 5, 7, 8, 9}
     for n, item in enumerate(items):
-        tried = [*itertools.islice(pairs.tries(n), len(item["broken"]) + 1)]
+        tried = [*itertools.islice(pairs.order.tries(n), len(item["broken"]) + 1)]
         assert tried == [*(b["row"] for b in item["broken"]), item["row"]]
-        assert item["n"] == n and tried[0] == pairs.row(n)
+        assert item["n"] == n and tried[0] == pairs.order.row(n)
         assert item["caption"] == f"row {item['row']}"
         assert levels(item["winner"][None]).tolist() == [[item["row"], 255, 0]]
         assert levels(item["loser"][None]).tolist() == [[item["row"], 0, 255]]
@@ -974,7 +974,7 @@ def test_broken_images_without_end_are_an_error_of_one_sentence_even_in_a_worker
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
     assert messages[0].startswith("100 pairs, drawn one after the other, are broken")
-    last = list(itertools.islice(pairs.tries(0), 100))[-1]
+    last = list(itertools.islice(pairs.order.tries(0), 100))[-1]
     assert (
         f"the last one row {last} (from 0, ties not counted): jpg_1: is no picture" in messages[0]
     )
@@ -991,7 +991,7 @@ def test_what_takes_the_place_of_broken_pairs_is_fair():
     }
     pairs = Pairs(list(dataset_of(table)), 1, seed=0)
     for epoch in (range(64), range(192, 256)):
-        tries = [list(itertools.islice(pairs.tries(n), 4)) for n in epoch]
+        tries = [list(itertools.islice(pairs.order.tries(n), 4)) for n in epoch]
         assert all(sorted(rows) == list(range(64)) for rows in zip(*tries, strict=True))
     seen = np.bincount([pairs[n]["row"] for n in range(64 * 50)], minlength=64)
     assert seen[4:20].sum() == 0 and seen.sum() == 64 * 50

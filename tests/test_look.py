@@ -37,7 +37,11 @@ def source(tmp_path):
             (tmp_path / path).write_bytes(picture)
         label = {6: 0, 10: 0.5}.get(i, 1)
         caption = {8: None, 9: ""}.get(i, f"caption {i}")
-        lines.append(dict(zip(("jpg_0", "jpg_1", "label_0", "caption"), (*paths, label, caption), strict=True)))
+        lines.append(
+            dict(
+                zip(("jpg_0", "jpg_1", "label_0", "caption"), (*paths, label, caption), strict=True)
+            )
+        )
     (tmp_path / "3-1.png").unlink()
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))

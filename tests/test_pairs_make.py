@@ -107,7 +107,7 @@ def test_training_reads_the_file_as_any_other(stub):
     assert len({row["label_0"] for row in read}) == 2
     for pair, row in zip(read, rows(), strict=True):
         assert pair == {key: row[key] for key in pair}
-        winner, loser, caption = data.read_pair(pair, 64)
+        winner, loser, caption, _ = data.read_pair(pair, 64)
         kept = [drawn(caption, row[f"seed_{i}"]) for i in range(2)]
         best, worst = sorted(kept, key=toy.preference, reverse=True)
         for pixels, image in ((winner, best), (loser, worst)):

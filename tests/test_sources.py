@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import data
+import train_inpo
 from sources.columns import SCHEMAS, asked, recognise
 from system.files import UserError
 
@@ -437,3 +438,54 @@ def test_the_advice_for_unknown_columns_fits_when_it_is_followed(tmp_path):
 def test_a_schema_may_be_changed_in_part(tmp_path):
     columns = recognise(["prompt", "chosen", "rejected", "de"], "x", asked(["caption=de"]))
     assert columns.of == {"winner": "chosen", "loser": "rejected", "caption": "de"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Training takes them.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["csv folder", "jsonl", "folder", "tars", *SCHEMAS])
+def test_a_step_is_trained_on_the_pairs_of_the_source(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (place := tmp_path / "mine").mkdir()
+    rows = range(ROWS)
+    if kind == "csv folder":
+        write_csv(place / "pairs.csv", table(place, names=PICKAPIC))
+        rows = DECIDED
+    elif kind == "jsonl":
+        write_json(place / "pairs.jsonl", table(place, names=PICKAPIC))
+        rows = DECIDED
+    elif kind == "folder":
+        write_folder(place)
+    elif kind == "tars":
+        write_tar(place / "a.tar", range(ROWS))
+    else:
+        lines = schema_rows(kind, place, as_paths=False)
+        columns = {name: [one[name] for one in lines] for name in lines[0]}
+        place = place / "saved"
+        datasets.Dataset.from_dict(columns).save_to_disk(place)
+        rows = rows_of(kind)
+    seen = []
+
+    def recorded(*options):
+        for batch in loader(*options):
+            seen.append(batch)
+            yield batch
+
+    loader = data.loader
+    monkeypatch.setattr(data, "loader", recorded)
+    count = len(rows)
+    train_inpo.main(
+        ["--model=tiny", f"--data={place}", "--out=run", "--steps=1", f"--batch={count}"]
+        + [f"--micro-batch={count}", "--sample-every=0", "--inversion-steps=2", "--no-flip"]
+        + ["--caption-dropout=0", "--warmup=0", "--workers=0"]
+    )
+    (batch,) = seen
+    numbers = [int(caption.split()[1].rstrip(",")) for caption in batch["captions"]]
+    assert sorted(numbers) == sorted(rows)
+    levels = batch["pixels"].float().mean((2, 3)).round().int()
+    assert levels.tolist() == [
+        [i, *side] for side in ([255, 0], [0, 255]) for i in numbers
+    ]  # winners are green, losers blue
+    assert (tmp_path / "run" / "unet").is_dir()

@@ -98,12 +98,21 @@ def _counted_flops(config: str, tokens: int) -> float:
     return counter.get_total_flops() / 2
 
 
+def mean_call_flops(plan) -> float:
+    """FLOPs of a UNet call, over the shapes of the pairs; a shape on its side takes as many."""
+    flops = 0.0
+    for shape, share in plan.shapes.items():
+        sides = sorted(side // plan.factor for side in shape)
+        flops += share * call_flops(plan.unet_config | {"sample_size": sides}, plan.tokens)
+    return flops
+
+
 def work(args: Namespace, plan, cells: Iterable[int]) -> dict:
     """What the whole run has to do, over all ranks; with each cell once, what it is expected to."""
     pairs = args.steps * args.batch
     inverting = inversion_calls(args, cells)
     calls = unet_calls(args.method, pairs, inverting, lora.trains_adapters(args))
-    flops = calls * call_flops(plan.unet_config | {"sample_size": plan.latent}, plan.tokens)
+    flops = calls * mean_call_flops(plan)
     done = {"method": args.method, "steps": args.steps, "pairs": pairs}
     return done | {"unet_calls": round(calls), "flops": flops}
 
@@ -134,13 +143,15 @@ def random_inputs(unet, pairs: int, tokens: int = 77) -> tuple[torch.Tensor, dic
     encode_prompts make them, on the UNet's device."""
     shape, like = unet.config, {"device": unet.device, "dtype": unet.dtype}
     size = shape.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
     cond = {"encoder_hidden_states": torch.randn(pairs, tokens, shape.cross_attention_dim, **like)}
     if shape.addition_embed_type == "text_time":
         pooled = shape.projection_class_embeddings_input_dim - 6 * shape.addition_time_embed_dim
-        ids = torch.tensor([8 * size, 8 * size, 0, 0, 8 * size, 8 * size], **like).expand(pairs, 6)
+        ids = [8 * height, 8 * width, 0, 0, 8 * height, 8 * width]
+        ids = torch.tensor(ids, **like).expand(pairs, 6)
         added = {"text_embeds": torch.randn(pairs, pooled, **like), "time_ids": ids}
         cond["added_cond_kwargs"] = added
-    x0 = torch.randn(2 * pairs, shape.in_channels, size, size, device=unet.device)
+    x0 = torch.randn(2 * pairs, shape.in_channels, height, width, device=unet.device)
     return x0, model.repeat(cond, 2)
 
 

@@ -50,11 +50,11 @@ class Live:
         self.pairs, self.pipeline = pairs, pipeline
 
     def images(self, pictures: Tensor, noise: list[torch.Generator]) -> Tensor:
-        """x0 (B, C, h, w) fp32 of pictures (B, 3, R, R) as the pairs have them."""
+        """x0 (B, C, h, w) fp32 of pictures (B, 3, H, W) as the pairs have them."""
         return model.encode_images(self.pipeline, pictures, noise)
 
     def prompts(self, captions: list[str]) -> dict:
-        """cond of P captions."""
+        """cond of P captions, of squares; `model.tell_sizes` puts other sizes in their place."""
         return model.encode_prompts(self.pipeline, captions, self.pairs.resolution)
 
 
@@ -65,12 +65,12 @@ class CachedPairs(data.Pairs):
         self.__dict__ |= pairs.__dict__
         self.folder, self.caption_of, self.broken = folder, captions, broken
 
-    def read(self, row: int, crop_at: None, flip: bool) -> tuple[Tensor, Tensor, str]:
+    def read(self, row: int, shape, crop_at: None, flip: bool) -> tuple[Tensor, Tensor, str, None]:
         if row in self.broken:
             raise ValueError(self.broken[row])
         with safe_open(file_of(self.folder, "pairs", row), "pt") as file:
             images = file.get_slice(str(row))[int(flip)]
-        return images[0], images[-1], self.caption_of[row]  # SFT has no loser, and reads none
+        return images[0], images[-1], self.caption_of[row], None  # SFT has no loser, reads none
 
 
 class Cached:
@@ -103,8 +103,9 @@ def open_encoder(args: Namespace, plan, pipeline, run, engine, step: int) -> Liv
 
     With --cache-latents the encoders leave the device once all files are there."""
     pairs = data.Pairs(
-        plan.pairs, plan.resolution, args.seed, args.crop, args.flip, args.caption_dropout
-    )
+        plan.pairs, plan.resolution, args.seed, args.crop, args.flip, args.caption_dropout,
+        plan.order, args.true_sizes,
+    )  # fmt: skip
     if not args.cache_latents:
         return Live(pairs, pipeline)
     clock, folder = time.monotonic(), args.out / "latents" / key(args, plan, run.record)
@@ -178,7 +179,7 @@ def fill(folder: Path, pairs: data.Pairs, pipeline, images: int, pause: Callable
         pictures, captions, broken = {}, {}, {}
         for row in rows:
             try:
-                *pair, captions[row] = data.read_pair(pairs.dataset[row], pairs.resolution)
+                *pair, captions[row], _ = data.read_pair(pairs.dataset[row], pairs.resolution)
                 pictures[row] = torch.stack(pair[:images])
             except Exception as error:  # as in data.Pairs
                 broken[row] = what_is_broken(error)

@@ -48,6 +48,13 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
              "broken.jsonl lists them")
     add("--resolution", type=int, metavar="PIXELS",
         help="side of the square; if not given the model's own (SDXL 1024, SD1.5 512, tiny 64)")
+    add("--buckets", type=int, metavar="N", default=0,
+        help="let pictures keep their ratio, from 1:2 to 2:1, in about as many pixels: N pairs in "
+             "a row have one (height, width), N a multiple of --micro-batch x ranks; 0: squares, "
+             "as published")
+    add("--true-sizes", action="store_true",
+        help="SDXL: tell the model each picture's own size and crop, as in its training; if not "
+             "given, as published, those of what is left of it")
     add("--crop", choices=("center", "random"), default="center",
         help="what is kept once the shorter side has that length")
     add("--flip", action=switch, default=True, help="mirror half of the pairs")
@@ -146,7 +153,7 @@ RANGES = {
     "beta": (1e-9, 1e9), "eta": (0, 1), "caption_dropout": (0, 1), "lr": (1e-12, 1),
     "steps": (1, 10**9), "batch": (1, 10**9), "micro_batch": (1, 10**9), "warmup": (0, 10**9),
     "inversion_steps": (1, 1000), "workers": (0, 1024), "seed": (0, 2**32),
-    "resolution": (1, 8192), "max_broken": (0, 1),
+    "resolution": (1, 8192), "max_broken": (0, 1), "buckets": (0, 10**9),
     "sample_every": (0, 10**9), "checkpoint_every": (0, 10**9), "export_every": (0, 10**9),
     "liked_share": (0, 1), "strata": (1, 1000), "lora_rank": (0, 4096), "lora_alpha": (0, 1e6),
     "keep": (1, 10**9), "keep_every": (0, 10**9), "guidance": (1, 1e6),
@@ -172,6 +179,17 @@ def check_flags(args: argparse.Namespace):
     if args.cache_latents and args.crop == "random":
         raise UserError(
             "--cache-latents: keeps one crop of each picture; leave it out, or give --crop center."
+        )
+    for flag, given in (("buckets", args.buckets), ("true-sizes", args.true_sizes)):
+        if given and args.cache_latents:
+            raise UserError(
+                f"--{flag}: has no meaning with --cache-latents, which keeps squares and no sizes; "
+                "leave one of them out."
+            )
+    if args.buckets and args.compile:
+        raise UserError(
+            "--buckets: with --compile each (height, width) would be compiled anew, and more of "
+            "them than torch keeps; leave one of them out."
         )
     if args.lora and args.lora_start == "continue" and args.lora_rank:
         raise UserError(

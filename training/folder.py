@@ -61,6 +61,7 @@ def result_settings(settings: dict) -> dict:
     kept = {k: v for k, v in settings.items() if k not in MAY_CHANGE and k != "ds_config"}
     if kept.get("inversion_steps"):  # runs of before had no other path
         kept.setdefault("inversion_spacing", "uniform")
+    kept = {"buckets": 0, "true_sizes": False} | kept  # nor other pictures than squares
     config = settings.get("ds_config") or {}
     kept |= {f"ds_config.{key}": config[key] for key in config if key not in ENGINE}
     if optimizer := kept.get("ds_config.optimizer"):

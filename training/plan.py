@@ -18,6 +18,7 @@ import data
 import model
 import toy
 from evaluation import scorers
+from sources import buckets
 from system.files import ROOT, UserError
 from system.hub import architecture, one_sentence, read_config
 from system.workers import check_open_files, check_shared_memory
@@ -120,6 +121,8 @@ class Plan:
     images_per_pair: int  # that are trained on: 2, or the winner alone
     strata: int  # cells of the timesteps
     pairs: data.Rows  # without ties
+    order: Any  # sources.order.Bucketed; None: squares, or a dry run, which knows no sizes
+    shapes: dict[tuple[int, int], float]  # shares of the pairs by (height, width), in pixels
     fingerprint: str  # of the pairs
     sampled: int  # pairs that were decoded
     broken: list[str]  # what was wrong with some of them
@@ -137,6 +140,7 @@ def check(args: argparse.Namespace) -> Plan:
     check_flags(args)
     world = int(os.environ.get("WORLD_SIZE", 1))
     accumulation = accumulate(args, world)
+    check_blocks(args, world)
     sample_prompts = preview.read_prompts(args)
     if args.judge and args.sample_every:
         scorers.check(args.judge, sample_prompts, args.scorer_folder)
@@ -169,6 +173,13 @@ def check(args: argparse.Namespace) -> Plan:
     resolution = args.resolution or unet["sample_size"] * factor
     if resolution < factor or resolution % factor:
         raise UserError(f"--resolution {resolution}: must be a multiple of the VAE's {factor}.")
+    side = buckets.unit(resolution, factor, len(unet["block_out_channels"]))
+    if args.buckets and resolution % side:
+        raise UserError(
+            f"--resolution {resolution}: with --buckets it must be a multiple of {side}."
+        )
+    if args.true_sizes and architecture(args.model) != "sdxl":
+        raise UserError(f"--true-sizes: {args.model} is no SDXL, which alone is told of sizes.")
     batch = args.micro_batch * 2 * 3 * resolution**2  # bytes: two images, three bands, uint8
     check_shared_memory(args.workers, batch, loaders=ranks_here())
     check_open_files(args.workers)
@@ -177,6 +188,7 @@ def check(args: argparse.Namespace) -> Plan:
     pairs = read_pairs(args)
     sampled, broken = data.sample(pairs, resolution)
     check_sample(args, len(pairs), sampled, broken)
+    order, shares = shape_pairs(args, pairs, resolution, side)
     plan = Plan(
         world=world,
         accumulation=accumulation,
@@ -194,6 +206,8 @@ def check(args: argparse.Namespace) -> Plan:
         images_per_pair=budget.images_per_pair(args.method),
         strata=strata,
         pairs=pairs,
+        order=order,
+        shapes=shares,
         fingerprint=data.fingerprint(pairs),
         sampled=sampled,
         broken=broken,
@@ -201,6 +215,30 @@ def check(args: argparse.Namespace) -> Plan:
     if args.cache_latents:
         check_cache(args, plan)
     return plan
+
+
+def check_blocks(args: argparse.Namespace, world: int):
+    """Raises UserError where the pairs of a micro-step, of all ranks, could be of two shapes."""
+    at_once = args.micro_batch * world
+    if args.buckets % at_once:
+        raise UserError(
+            f"--buckets {args.buckets}: must be a multiple of --micro-batch {args.micro_batch} x "
+            f"{world} rank(s) = {at_once}, so that all pairs of a micro-step have one shape; give "
+            f"--buckets {-(-args.buckets // at_once) * at_once}, or to resume a run another "
+            "--micro-batch."
+        )
+
+
+def shape_pairs(args: argparse.Namespace, pairs, resolution: int, side: int) -> tuple[Any, dict]:
+    """(order, shapes) of the plan. side: what sides of buckets are multiples of. A dry run knows a
+    sample's shares alone."""
+    if not args.buckets:
+        return None, {(resolution, resolution): 1.0}
+    shapes = buckets.shapes(resolution, side)
+    if args.dry_run:
+        return None, data.sampled_shapes(pairs, shapes) or {(resolution, resolution): 1.0}
+    order = data.bucketed(pairs, shapes, args.buckets, args.seed)
+    return order, order.shares()
 
 
 def check_cache(args: argparse.Namespace, plan: Plan):
@@ -301,6 +339,7 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
         "data": f"{args.data}, {len(plan.pairs):,} pairs without ties; the run sees {seen:,} "
         f"({seen / len(plan.pairs):.2f} epochs)",
         "read as": plan.pairs.description,
+        "shapes": shapes_in_words(args, plan) if args.buckets else "",
         "batch": f"{args.batch} pairs = {args.micro_batch} x {plan.world} rank(s) x "
         f"{plan.accumulation} accumulated",
         "steps": f"{args.steps}; lr {args.lr:g} after {args.warmup} of warm-up; "
@@ -349,6 +388,13 @@ def warnings(args: argparse.Namespace, plan: Plan) -> Iterator[str]:
             f"--out {args.out}: the run may take {budget.in_words(most)} there, more than is free; "
             "make room, name another folder, or keep less (--keep, --export-every)."
         )
+
+
+def shapes_in_words(args: argparse.Namespace, plan: Plan) -> str:
+    most = sorted(plan.shapes.items(), key=lambda shape: -shape[1])
+    listed = ", ".join(f"{width}x{height} {share:.0%}" for (height, width), share in most)
+    of = f" of {plan.sampled} sampled pairs" if args.dry_run else ""
+    return f"width x height{of}: {listed}; {args.buckets} pairs in a row share one"
 
 
 def memory_in_words(args: argparse.Namespace, plan: Plan) -> str:
