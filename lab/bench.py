@@ -174,7 +174,12 @@ def data_seconds(resolution: int, pairs: int = 4) -> float:
     image = Image.fromarray(coarse.astype(np.uint8)).resize((3 * resolution // 2,) * 2)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)
-    pair = {"jpg_0": file.getvalue(), "jpg_1": file.getvalue(), "label_0": 1.0, "caption": ""}
+    pair = {
+        "jpg_0": file.getvalue(),
+        "jpg_1": file.getvalue() + bytes(1),
+        "label_0": 1.0,
+        "caption": "",
+    }
     start, items = time.perf_counter(), []
     for n in range(pairs):
         winner, loser, caption, _ = data.read_pair(pair, resolution)

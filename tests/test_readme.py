@@ -11,7 +11,6 @@ import torch
 from deepspeed.launcher import runner
 from torch.distributed import run as torchrun
 
-import data
 import loss
 from invert import ddim_invert
 from system.files import ROOT
@@ -148,12 +147,3 @@ def test_the_lines_to_copy_run():
     }
     exec(lines, names)
     assert torch.allclose(names["losses"], torch.full((2,), 2.0).log())
-
-
-def test_the_lines_that_make_pairs_make_pairs(tmp_path, monkeypatch):
-    (lines,) = (text for text in blocks(README, "python") if "to_parquet(" in text)
-    monkeypatch.chdir(tmp_path)
-    for name in ("a.jpg", "b.jpg"):
-        (tmp_path / name).write_bytes((ROOT / "docs" / "curves.png").read_bytes())
-    exec(lines, {})
-    assert len(data.read_pairs("pairs.parquet")) == 1
