@@ -7,14 +7,17 @@ from evaluation.published import TITLES
 from system.files import UserError
 from system.hub import check_local, check_pairs
 from system.program import Parser
-from training.recipes import INVERSION_STEPS, METHODS, recipe_of, recipe_table
+from training.recipes import INVERSION_STEPS, METHODS, NAMES, recipe_of, recipe_table
 
 
 def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags; their defaults are the recipe of --model. Raises UserError for an unknown one."""
+    """The flags; their defaults are a recipe of --model. Raises UserError for an unknown one."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--model", default="sdxl")
     first.add_argument("--method", choices=METHODS, default="inpo")
+    first.add_argument("--recipe", choices=NAMES, default="published")
+    first.add_argument("--lora")
+    first.add_argument("--lora-start", default="continue")
     first.add_argument("--inversion-spacing")
     known = first.parse_known_args(argv)[0]
 
@@ -61,6 +64,9 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
 
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="inpo", help="picks the recipe, too")
+    add("--recipe", choices=NAMES, default="published",
+        help="the defaults of this page: published, or lora, adapters for some hundreds or "
+             "thousands of pairs on one card; any flag overrides its own")
     add("--beta", type=float,
         help="how strongly the policy is held to the reference, per mean squared error; a larger "
              "one moves less")
@@ -108,7 +114,8 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
         help="DeepSpeed's: ZeRO stage, precision, weight decay, clipping, monitors")
 
     add = parser.add_argument_group("run").add_argument
-    add("--out", metavar="FOLDER", help="the run's folder (if not given: out/MODEL-METHOD)")
+    add("--out", metavar="FOLDER",
+        help="the run's folder (if not given: out/MODEL-METHOD, of --recipe lora with -lora)")
     add("--checkpoint-every", type=int, metavar="N",
         help="optimizer steps between checkpoints; 0: none")
     add("--export-every", type=int, metavar="N", default=0,
@@ -130,11 +137,14 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     # fmt: on
 
-    parser.set_defaults(**recipe_of(known.model, known.method))
+    parser.set_defaults(**recipe_of(known.model, known.method, known.recipe))
+    if known.lora and known.lora_start == "continue":  # it has a rank of its own
+        parser.set_defaults(lora_rank=0)
     if known.method == "inpo" and known.inversion_spacing in INVERSION_STEPS:
         parser.set_defaults(inversion_steps=INVERSION_STEPS[known.inversion_spacing])
     args = parser.parse_args(argv)
-    args.out = Path(args.out or f"out/{Path(args.model).name}-{args.method}")
+    name = f"{Path(args.model).name}-{args.method}{'-lora' if args.recipe == 'lora' else ''}"
+    args.out = Path(args.out or f"out/{name}")
     args.judge = args.judge or ("preference" if args.data == "toy" else "none")
     args.judge = None if args.judge == "none" else args.judge
     if args.lora_alpha is None:

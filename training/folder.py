@@ -43,6 +43,7 @@ from system.lock import LOCK, delete_unfinished, not_written
 MAY_CHANGE = {"steps", "workers", "micro_batch", "judge", "keep", "keep_every"}
 MAY_CHANGE |= {"sample_every", "checkpoint_every", "export_every", "code"}
 MAY_CHANGE |= {"cache_latents", "compile"}
+MAY_CHANGE |= {"recipe"}  # it picks other settings, which are recorded themselves
 MAY_CHANGE |= {"max_broken", "partial_data", "columns"}  # the data themselves have a fingerprint
 ENGINE = {"zero_optimization", "communication_data_type", "zero_force_ds_cpu_optimizer"}
 ENGINE |= {"tensorboard", "csv_monitor", "wandb", "steps_per_print", "wall_clock_breakdown"}
