@@ -182,17 +182,18 @@ def read_pair(
     return winner, loser, pair["caption"]
 
 
-def sample(rows: Rows, resolution: int, count: int = 64) -> tuple[int, list[str]]:
-    """(how many pairs, what is wrong with some) of a sample of `count`, or all, read and decoded.
+def sample(rows: Rows, resolution: int, count: int = 64) -> tuple[list[str], list[str]]:
+    """(captions of whole pairs, what is wrong with the others) of `count` pairs, or of all,
+    that are read and decoded.
 
-    It is the same for the same data. Where read_pairs has read labels alone, the files are read."""
-    broken, drawn = [], list(rows.some(count, SAMPLE))
-    for (file, row), read in drawn:
+    They are the same for the same data. Where read_pairs has read labels alone, files are read."""
+    captions, broken = [], []
+    for (file, row), read in rows.some(count, SAMPLE):
         try:
-            read_pair(read(), resolution)
+            captions.append(read_pair(read(), resolution)[2])
         except Exception as error:
             broken.append(f"row {row} (from 0) of {file}: {what_is_broken(error)}")
-    return len(drawn), broken
+    return captions, broken
 
 
 class Pairs(torch.utils.data.Dataset):

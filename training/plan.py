@@ -21,7 +21,7 @@ from evaluation import scorers
 from system.files import ROOT, UserError
 from system.hub import architecture, one_sentence, read_config
 from system.workers import check_open_files, check_shared_memory
-from training import budget, cache, folder, lora, preview
+from training import advice, budget, cache, folder, lora, preview
 from training.flags import check_flags
 from training.latents import count_cells, inversion_calls
 
@@ -123,6 +123,7 @@ class Plan:
     fingerprint: str  # of the pairs
     sampled: int  # pairs that were decoded
     broken: list[str]  # what was wrong with some of them
+    captions: list[str]  # of the others
 
 
 def asked(args: argparse.Namespace) -> dict:
@@ -175,7 +176,8 @@ def check(args: argparse.Namespace) -> Plan:
     if args.lora:
         lora.check(args.lora, args.lora_start, args.model, architecture(args.model), unet)
     pairs = read_pairs(args)
-    sampled, broken = data.sample(pairs, resolution)
+    captions, broken = data.sample(pairs, resolution)
+    sampled = len(captions) + len(broken)
     check_sample(args, len(pairs), sampled, broken)
     plan = Plan(
         world=world,
@@ -197,6 +199,7 @@ def check(args: argparse.Namespace) -> Plan:
         fingerprint=data.fingerprint(pairs),
         sampled=sampled,
         broken=broken,
+        captions=captions,
     )
     if args.cache_latents:
         check_cache(args, plan)
@@ -293,6 +296,7 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
     calls = budget.calls_per_image(args.method, inverting, lora.trains_adapters(args))
     takes = " + ".join(f"{count:g} {purpose}" for purpose, count in calls.items())
     taken, free = budget.disk(args, plan), budget.in_words(budget.room(args.out))
+    large = plan.parameters >= budget.TOY
     adafactor = plan.architecture == "sdxl" and args.method != "kto"
     released = " (released: Adafactor, which ZeRO would show flat partitions)" if adafactor else ""
     lines = {
@@ -310,7 +314,8 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
         "objective": objective,
         "UNet calls": f"an image takes {takes}; {work['unet_calls']:,} in all, "
         f"{work['flops']:.2e} FLOPs",
-        "memory": memory_in_words(args, plan) if plan.parameters >= budget.TOY else "",
+        "time": budget.time_in_words(work["flops"], plan.world) if large else "",
+        "memory": memory_in_words(args, plan) if large else "",
         "out": f"{args.out}",
         "disk": f"at most {budget.in_words(sum(taken.values()))}: {', '.join(taken)}; {free} free",
     }
@@ -343,6 +348,8 @@ def warnings(args: argparse.Namespace, plan: Plan) -> Iterator[str]:
             f"the run sees {seen:,} pairs, and --cache-latents encodes {kept:,} (a pair and its "
             "mirror image count as two); without it the run encodes less."
         )
+    yield from advice.settings(args, plan)
+    yield from advice.captions(args, plan)
     most = sum(budget.disk(args, plan).values())
     if budget.room(args.out) < most:
         yield (
