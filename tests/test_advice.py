@@ -64,7 +64,7 @@ def test_many_epochs_are_warned_about_with_the_steps_that_make_fewer(said):
     assert said(steps=most) == []
     (sentence,) = said(steps=2 * most)
     assert f"each pair {2 * advice.EPOCHS} times" in sentence
-    assert f"give --steps {most} (" in sentence and "--held-out 0.1" in sentence
+    assert f"give --steps {most} (" in sentence and "--held-out 0.1 would show" in sentence
 
 
 def test_a_warm_up_that_outlasts_the_run_is_warned_about(said):
@@ -116,8 +116,9 @@ def test_captions_that_the_model_cannot_read_are_counted(
     assert all(words in sentence and sentence.endswith(".") for sentence in sentences)
 
 
-def test_a_tokenizer_that_is_not_there_is_no_reason_to_stop(argv):
+def test_a_tokenizer_that_is_not_there_is_no_reason_to_stop_or_warn(argv, tmp_path):
     args = parse("", argv())
     found = dataclasses.replace(plan.check(args), captions=["123"])
-    args.model = "no/such/model"
-    assert list(advice.captions(args, found)) == []
+    assert len(list(advice.captions(args, found))) == 1
+    for args.model in (tmp_path, "no/such/model"):  # a folder without one, and none
+        assert list(advice.captions(args, found)) == []
