@@ -49,6 +49,10 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--max-broken", type=float, default=0.05, metavar="P",
         help="share of the pairs, 0 to 1, that may be broken: others take their place, and "
              "broken.jsonl lists them")
+    add("--held-out", type=share_or_source, metavar="SHARE|SOURCE", default=0.0,
+        help="pairs that are kept from training, and on which loss and accuracy are logged with "
+             "the sample pictures and at the end: a share of them, 0 to 1, that has no caption and "
+             "no picture in common with the others; or a second source, as of --data")
     add("--resolution", type=int, metavar="PIXELS",
         help="side of the square; if not given the model's own (SDXL 1024, SD1.5 512, tiny 64)")
     add("--crop", choices=("center", "random"), default="center",
@@ -125,12 +129,14 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--keep", type=int, default=2, metavar="N", help="newest checkpoints to keep")
     add("--keep-every", type=int, default=0, metavar="N",
         help="keep the checkpoints of every N optimizer steps as well; 0: no")
-    add("--judge", choices=(*TITLES, "none"),
-        help="scorer of the sample pictures; the model that it likes best is kept in best/ (if not "
-             "given: preference for --data toy, else none)")
+    add("--judge", choices=(*TITLES, "held-out", "none"),
+        help="scorer of the sample pictures, or held-out: the loss on those pairs; the model that "
+             "it likes best is kept in best/ (if not given: preference for --data toy, else none)")
     add("--scorer-folder", metavar="FOLDER", type=Path,
         help="folder with copies of the scorer's hub repositories, as owner/name")
-    add("--sample-prompts", metavar="FILE", help="of the pictures: a .txt file, a prompt a line")
+    add("--sample-prompts", metavar="FILE",
+        help="of the pictures: a .txt file, a prompt a line (if not given: captions of the data, "
+             "held-out ones where there are any)")
     add("--guidance", type=float, metavar="W",
         help="scale of classifier-free guidance of the sample pictures")
     add("--dry-run", action="store_true", help="print the plan, check every input, and stop")
@@ -152,6 +158,19 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     return args
 
 
+def share_or_source(text: str) -> float | str:
+    """Of --held-out: a number from 0 up to 1, else the name of pairs."""
+    try:
+        share = float(text)
+    except ValueError:
+        return text
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(
+            f"a share must lie between 0 and 1, and '{text}' does not."
+        )
+    return share
+
+
 RANGES = {
     "beta": (1e-9, 1e9), "eta": (0, 1), "caption_dropout": (0, 1), "lr": (1e-12, 1),
     "steps": (1, 10**9), "batch": (1, 10**9), "micro_batch": (1, 10**9), "warmup": (0, 10**9),
@@ -166,6 +185,10 @@ RANGES = {
 def check_flags(args: argparse.Namespace):
     """Raises UserError for flags that are out of range, or have no meaning together."""
     check_pairs(args.data)
+    if isinstance(args.held_out, str):
+        check_pairs(args.held_out)
+    if args.judge == "held-out" and not args.held_out:
+        raise UserError("--judge held-out: no pairs are held out; give --held-out, such as 0.02.")
     for path in filter(None, (args.model, args.unet, args.vae, args.lora)):
         check_local(path)
     for flag, default in recipe_of(args.model, args.method).items():

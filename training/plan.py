@@ -18,10 +18,11 @@ import data
 import model
 import toy
 from evaluation import scorers
+from evaluation.published import TOY
 from system.files import ROOT, UserError
 from system.hub import architecture, one_sentence, read_config
 from system.workers import check_open_files, check_shared_memory
-from training import advice, budget, cache, folder, lora, preview
+from training import advice, budget, cache, folder, held_out, lora, preview
 from training.flags import check_flags
 from training.latents import count_cells, inversion_calls
 
@@ -124,6 +125,7 @@ class Plan:
     sampled: int  # pairs that were decoded
     broken: list[str]  # what was wrong with some of them
     captions: list[str]  # of the others
+    held_out: data.Rows | None  # kept from training; for a share None until held_out.split
 
 
 def asked(args: argparse.Namespace) -> dict:
@@ -138,9 +140,9 @@ def check(args: argparse.Namespace) -> Plan:
     check_flags(args)
     world = int(os.environ.get("WORLD_SIZE", 1))
     accumulation = accumulate(args, world)
-    sample_prompts = preview.read_prompts(args)
-    if args.judge and args.sample_every:
-        scorers.check(args.judge, sample_prompts, args.scorer_folder)
+    prompts, judge = preview.given_prompts(args), args.judge if args.sample_every else None
+    if judge and judge != "held-out":
+        scorers.check(judge, prompts or [], args.scorer_folder)
     ds_config = complete(read_ds_config(args.ds_config), args, accumulation)
     if args.compile and ds_config["zero_optimization"]["stage"] == 3:
         raise UserError(
@@ -179,6 +181,9 @@ def check(args: argparse.Namespace) -> Plan:
     captions, broken = data.sample(pairs, resolution)
     sampled = len(captions) + len(broken)
     check_sample(args, len(pairs), sampled, broken)
+    if judge in TOY and prompts is None:
+        scorers.check(judge, captions, args.scorer_folder)
+    second = read_held_out(args, resolution)
     plan = Plan(
         world=world,
         accumulation=accumulation,
@@ -200,6 +205,7 @@ def check(args: argparse.Namespace) -> Plan:
         sampled=sampled,
         broken=broken,
         captions=captions,
+        held_out=second,
     )
     if args.cache_latents:
         check_cache(args, plan)
@@ -237,13 +243,28 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
-def check_sample(args: argparse.Namespace, pairs: int, count: int, broken: list[str]):
+def read_held_out(args: argparse.Namespace, resolution: int):
+    """The pairs of --held-out SOURCE; None for a share. Raises UserError."""
+    if not isinstance(args.held_out, str):
+        return None
+    pairs = data.read_pairs(
+        args.held_out, args.split, args.dry_run, args.partial_data, args.columns
+    )
+    captions, broken = data.sample(pairs, resolution)
+    count = len(captions) + len(broken)
+    check_sample(args, len(pairs), count, broken, "held-out")
+    return pairs
+
+
+def check_sample(
+    args: argparse.Namespace, pairs: int, count: int, broken: list[str], flag: str = "data"
+):
     """Raises UserError where more than --max-broken are broken: of all pairs, or surely, as less
     than one in 1,000 samples of data that have just that share would show by chance."""
-    bad, limit = len(broken), args.max_broken
+    bad, limit, source = len(broken), args.max_broken, getattr(args, flag.replace("-", "_"))
     if bad > limit * count and (count == pairs or bdtrc(bad - 1, count, limit) < 0.001):
         raise UserError(
-            f"--data {args.data}: {bad} of {count} pairs are broken, more than --max-broken "
+            f"--{flag} {source}: {bad} of {count} pairs are broken, more than --max-broken "
             f"{limit:g} lets pass ({broken[0]}); mend the data, or give a larger --max-broken."
         )
 
@@ -295,6 +316,9 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
     inverting = inversion_calls(args, cells)
     calls = budget.calls_per_image(args.method, inverting, lora.trains_adapters(args))
     takes = " + ".join(f"{count:g} {purpose}" for purpose, count in calls.items())
+    held, count = args.held_out, 0 if plan.held_out is None else len(plan.held_out)
+    held = f"{held}, {count:,} pairs" if count else held and f"about {held:.2%} of the pairs"
+    looks = f"{held_out.calls(args, plan):,} UNet calls" if held else ""
     taken, free = budget.disk(args, plan), budget.in_words(budget.room(args.out))
     large = plan.parameters >= budget.TOY
     adafactor = plan.architecture == "sdxl" and args.method != "kto"
@@ -305,6 +329,7 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
         "data": f"{args.data}, {len(plan.pairs):,} pairs without ties; the run sees {seen:,} "
         f"({seen / len(plan.pairs):.2f} epochs)",
         "read as": plan.pairs.description,
+        "held out": f"{held}; {looks} at each sample step and the last" if held else "",
         "batch": f"{args.batch} pairs = {args.micro_batch} x {plan.world} rank(s) x "
         f"{plan.accumulation} accumulated",
         "steps": f"{args.steps}; lr {args.lr:g} after {args.warmup} of warm-up; "
