@@ -95,7 +95,7 @@ def test_adapters_under_the_recipe_of_whole_models_are_warned_about(said, checkp
 @pytest.mark.parametrize(
     "captions, words",
     [
-        (["", " ", "", None], "all of 4 captions are empty"),
+        (["", " ", "", "\n"], "all of 4 captions are empty"),
         (["123", "a red circle", "4 5", ""], "2 of 4 captions have no token that the"),
         (
             ["a " * 14, "a " * 15, "a " * 60, ""],
