@@ -67,6 +67,15 @@ def test_many_epochs_are_warned_about_with_the_steps_that_make_fewer(said):
     assert f"give --steps {most} (" in sentence and "--held-out 0.1 would show" in sentence
 
 
+def test_few_held_out_pairs_are_warned_about(said, pairs, tmp_path):
+    many = tmp_path / "many.parquet"
+    pq.write_table(pa.concat_tables([pq.read_table(pairs)] * 2), many)
+    assert said(held_out=many) == [] == said(held_out=0.6, data=many)
+    for value in (0.4, pairs):
+        (sentence,) = said(held_out=value, data=pairs if value == 0.4 else many)
+        assert sentence.startswith(f"--held-out {value}: an accuracy on ") and "points" in sentence
+
+
 def test_a_warm_up_that_outlasts_the_run_is_warned_about(said):
     assert said(warmup=20, steps=20) == []
     (sentence,) = said(warmup=40, steps=20, lr=1e-3)

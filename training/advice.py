@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from transformers import CLIPTokenizer
 
 from system.hub import PRESETS, find
-from training import lora
+from training import held_out, lora
 from training.recipes import recipe_of
 
 # As many as sd-scripts' examples of LoRA take. In docs/small_sets.md the loss on held-out pairs is
 # lowest at the first look, after 11.
 EPOCHS = 10
+FEW = 25  # held-out pairs: the standard error of their accuracy is 10 points
 
 
 def settings(args: Namespace, plan) -> Iterator[str]:
@@ -27,6 +28,11 @@ def settings(args: Namespace, plan) -> Iterator[str]:
         yield (
             f"the run sees each pair {epochs:,.0f} times, and a small set is learnt by heart long "
             f"before; give --steps {fits} ({EPOCHS} epochs) or fewer; {shown} when that happens."
+        )
+    if 0 < (held := held_out.count(args, plan)) < FEW:
+        yield (
+            f"--held-out {args.held_out}: an accuracy on {held} pairs is known to about "
+            f"{50 / held**0.5:.0f} points; hold out {FEW} or more."
         )
     if args.warmup > args.steps:
         yield (

@@ -167,11 +167,16 @@ def layout(
     return cell, order[np.arange(len(cell)) % rows], t.astype(np.int64)
 
 
+def count(args: Namespace, plan) -> int:
+    """Pairs that are held out; before `split`, about as many."""
+    if plan.held_out is not None:
+        return len(plan.held_out)
+    return args.held_out and max(1, round(args.held_out * len(plan.pairs)))
+
+
 def calls(args: Namespace, plan) -> int:
     """UNet calls of a measurement, over all ranks."""
-    known, share = plan.held_out is not None, args.held_out
-    rows = len(plan.held_out) if known else max(1, round(share * len(plan.pairs)))
-    places = len(layout(args.seed, rows, plan.strata, plan.timesteps)[0])
+    places = len(layout(args.seed, count(args, plan), plan.strata, plan.timesteps)[0])
     inverting = fmean(inversion_calls(args, range(plan.strata)))
     return round(places * plan.images_per_pair * (inverting + (1 if args.method == "sft" else 2)))
 
