@@ -220,22 +220,26 @@ def read_pair(
     return winner, loser, pair["caption"], (before_w, before_l)
 
 
-def sample(rows: Rows, resolution: int, count: int = 64) -> tuple[int, list[str]]:
-    """(how many pairs, what is wrong with some) of a sample of `count`, or all, read and decoded.
+def sample(rows: Rows, resolution: int, count: int = 64) -> tuple[list[str], list[str]]:
+    """(captions of whole pairs, what is wrong with the others) of `count` pairs, or of all,
+    that are read and decoded.
 
-    It is the same for the same data. Where read_pairs has read labels alone, the files are read."""
-    broken, drawn = [], list(rows.some(count, SAMPLE))
-    for (file, row), read in drawn:
+    They are the same for the same data. Where read_pairs has read labels alone, files are read."""
+    captions, broken = [], []
+    for (file, row), read in rows.some(count, SAMPLE):
         try:
-            read_pair(read(), resolution)
+            captions.append(read_pair(read(), resolution)[2])
         except Exception as error:
             broken.append(f"row {row} (from 0) of {file}: {what_is_broken(error)}")
-    return len(drawn), broken
+    return captions, broken
 
 
-def bucketed(rows: Rows, shapes: list[tuple[int, int]], block: int, seed: int) -> Bucketed:
-    """The order of all rows in these shapes, in blocks of so many pairs. UserError."""
-    sizes = buckets.read_sizes(rows, fingerprint(rows))
+def bucketed(
+    rows: Rows, shapes: list[tuple[int, int]], block: int, seed: int, some=slice(None)
+) -> Bucketed:
+    """The order of all rows in these shapes, in blocks of so many pairs; or of some of the rows,
+    which are then numbered from 0. UserError."""
+    sizes = buckets.read_sizes(rows, fingerprint(rows))[some]
     return Bucketed(buckets.assign(sizes, shapes, block), block, seed)
 
 

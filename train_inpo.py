@@ -42,6 +42,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before the sec
         check_flags(parse(__doc__))
 
 import copy
+import functools
 from argparse import Namespace
 
 import deepspeed
@@ -55,7 +56,8 @@ from loss import inpo_loss, kto_loss, sft_loss, squared_error
 from model import Denoiser
 from system import processes
 from system.lock import alone
-from training import cache, card, folder, guard, lora
+from training import cache, card, folder, guard, held_out, lora, preview
+from training.held_out import HeldOut
 from training.latents import draw_timesteps, generators, latents
 from training.plan import Plan, asked, check, describe
 from training.run import Run
@@ -71,6 +73,9 @@ def train(args: Namespace, plan: Plan, stop: processes.Stop):
     abar = model.alphas_cumprod(pipeline)  # on the CPU, as t is: no micro-step waits for the GPU
     predicts = pipeline.scheduler.config.prediction_type
     images, at_once = plan.images_per_pair, plan.world * args.micro_batch
+    if plan.held_out is not None:
+        judge = functools.partial(objective, args)
+        run.held_out = HeldOut(args, plan, pipeline, engine, reference, judge)
     start = run.resume(engine)
     encoder = cache.open_encoder(args, plan, pipeline, run, engine, start)
     batches = read_batches(args, plan, encoder.pairs, start)
@@ -134,6 +139,10 @@ def open_run(args: Namespace, plan: Plan, pipeline, stop: processes.Stop) -> Run
     settings = asked(args)
     facts = card.facts(args, settings, lora.trains_adapters(args), len(plan.pairs), plan.world)
     settings |= {"data_fingerprint": plan.fingerprint, "start_identity": model.identity(pipeline)}
+    shown = plan.pairs if plan.held_out is None else plan.held_out
+    settings["prompts"] = processes.on_main(lambda: preview.choose_prompts(args, shown))
+    if plan.held_out is not None:
+        settings["held_out_fingerprint"] = data.fingerprint(plan.held_out)
     return Run(args, settings, facts, guard.limit(plan.ds_config), stop)
 
 
@@ -203,6 +212,8 @@ def main(argv: list[str] | None = None):
             )
             return
     with reported("train_inpo.py", every_rank=True), alone(args.out):
+        with reported("train_inpo.py"):
+            plan = held_out.split(args, plan)
         with processes.Stop() as stop:
             train(args, plan, stop)
 

@@ -91,10 +91,12 @@ def beside(pictures: list[Image.Image]) -> Image.Image:
 # --------------------------------------------------------------------------------------------------
 # Training curves.
 
-WINNER, LOSER, BOTH, GREY = "#1a7f5a", "#c8472b", "#2f5d9b", "#888888"
+WINNER, LOSER, BOTH, GREY, HELD = "#1a7f5a", "#c8472b", "#2f5d9b", "#888888", "#d08a1d"
 PANELS = [  # heading, y axis and its unit, value where policy == reference, (who, colour, keys)
-    ("Loss", "loss (nats per pair)", math.log(2), "log 2", [("", BOTH, "loss")]),
-    ("Implicit accuracy", "share of pairs", 0.5, "chance", [("", BOTH, "implicit_accuracy")]),
+    ("Loss", "loss (nats per pair)", math.log(2), "log 2",
+     [("", BOTH, "loss"), ("held out, ", HELD, "held_out_loss")]),
+    ("Implicit accuracy", "share of pairs", 0.5, "chance",
+     [("", BOTH, "implicit_accuracy"), ("held out, ", HELD, "held_out_implicit_accuracy")]),
     ("Implicit rewards", "reward (nats)", 0.0, "reference",
      [("winner, ", WINNER, "reward_winner"), ("loser, ", LOSER, "reward_loser")]),
     ("Squared error against the reference", "err - err_ref (noise variance = 1)", 0.0, "reference",

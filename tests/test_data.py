@@ -399,7 +399,8 @@ def test_what_the_dry_run_accepts_the_run_accepts_files_of_different_kinds(
     for name, table in zip("ba" if other_first else "ab", (columns(), other), strict=True):
         parquet(tmp_path / f"{name}.parquet", table)
     labels = read_pairs(str(tmp_path), labels_only=True)
-    assert data.sample(labels, SIZE) == (22, [])
+    captions, broken = data.sample(labels, SIZE)
+    assert len(captions) == 22 and not broken
     rows = read_pairs(str(tmp_path))
     assert rows.labels.tolist() == labels.labels.tolist() and len(rows) == 22
     pairs = Pairs(rows, SIZE, seed=0, caption_dropout=0)
@@ -1044,8 +1045,9 @@ def test_a_sample_decodes_pairs_and_tells_what_is_wrong(kind, labels_only, tmp_p
     table = columns()
     table["jpg_1"][4] = b"no image"
     source = source_of(kind, tmp_path, table)
-    count, broken = data.sample(read_pairs(source, labels_only=labels_only), SIZE)
-    assert count == ROWS - 2 and len(broken) == 1
+    captions, broken = data.sample(read_pairs(source, labels_only=labels_only), SIZE)
+    assert len(captions) == ROWS - 3 and len(broken) == 1
+    assert set(captions) < set(table["caption"])
     assert broken[0].startswith("row 4 (from 0) of ") and ": jpg_1: is no picture" in broken[0]
     assert copies() == [] or not labels_only
 

@@ -100,6 +100,16 @@ def test_curves_draw_what_was_recorded(tmp_path):
     assert [count(tmp_path / "none.png", color) for color in colors] == [0, 0, 0]
 
 
+def test_curves_show_what_was_measured_of_held_out_pairs(tmp_path):
+    lines = [{"step": i, "loss": 0.7 - i / 40, "implicit_accuracy": 0.5} for i in range(1, 21)]
+    figures.curves(lines, tmp_path / "without.png")
+    for line in lines[4::5]:
+        line |= {"held_out_loss": 0.7, "held_out_implicit_accuracy": 0.4}
+    figures.curves(lines, tmp_path / "with.png")
+    drawn = [count(tmp_path / f"{name}.png", figures.HELD) for name in ("without", "with")]
+    assert drawn[0] == 0 and drawn[1] > 1000
+
+
 def test_series_leave_out_what_is_missing_and_subtract_the_reference():
     metrics = [{"step": 5, "err": 0.5, "ref": 0.2}, {"step": 6, "err": 0.4}]
     metrics += [{"step": 7, "ref": 0.4}, {"step": 8, "err": 0.1, "ref": 0.3}]

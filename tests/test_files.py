@@ -55,6 +55,14 @@ def test_damaged_lines_of_a_log_are_skipped_and_counted_in_one_warning(tmp_path,
     assert capsys.readouterr().err == f"Warning: {said}\n"  # once, however often it is read
 
 
+def test_what_was_measured_of_a_step_later_on_is_part_of_its_line(tmp_path):
+    lines = [{"step": 1, "loss": 2}, {"step": 2, "loss": 1}, {"step": 2, "held_out_loss": 3}]
+    lines += [{"step": 3, "loss": 0}, {"step": 2, "held_out_loss": 4}]  # a resumed run's
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expected = [lines[0], {"step": 2, "loss": 1, "held_out_loss": 4}, lines[3]]
+    assert read_metrics(tmp_path) == expected and read_metrics(tmp_path, until=1) == lines[:1]
+
+
 def test_a_line_of_scores_has_a_step_a_scorer_and_a_mean():
     line = {"step": 3, "scorer": "clip", "mean": 0.5}
     assert is_score(line)

@@ -37,6 +37,7 @@ def brightness(images, prompts) -> list[float]:
 
 def settings(out: Path, **flags) -> Namespace:
     defaults = {"guidance": 3.0, "micro_batch": 2, "judge": "clip", "scorer_folder": None}
+    defaults["seed"] = 0
     return Namespace(**defaults | {"out": out, "sample_prompts": None, "data": "pairs"} | flags)
 
 
@@ -51,7 +52,8 @@ def drawn(monkeypatch, tmp_path):
     def draw(step: int, levels: list[int], **flags):
         images = [Image.new("RGB", (16, 16), (level,) * 3) for level in levels]
         monkeypatch.setattr(model, "sample", lambda *given: [images[seed] for seed in given[2]])
-        return preview.Preview(Namespace(**vars(args) | flags)).draw(None, step, lambda: None)
+        one = preview.Preview(Namespace(**vars(args) | flags), PROMPTS)
+        return one.draw(None, step, lambda: None)
 
     draw.out, draw.args = args.out, args
     return draw
@@ -73,10 +75,10 @@ def test_every_picture_has_the_same_prompts_and_seeds(drawn, monkeypatch):
         return [Image.new("RGB", (16, 16))] * len(prompts)
 
     monkeypatch.setattr(model, "sample", sample)
-    one = preview.Preview(drawn.args)
+    one = preview.Preview(drawn.args, PROMPTS)
     for step in (0, 5, 10):
         one.draw(None, step, lambda: None)
-    preview.Preview(drawn.args).draw(None, 15, lambda: None)  # as after a crash
+    preview.Preview(drawn.args, PROMPTS).draw(None, 15, lambda: None)  # as after a crash
     batches = [(PROMPTS[:2], [0, 1], 25, 3.0, 2), (PROMPTS[2:], [2, 3], 25, 3.0, 2)]
     assert asked == batches * 4
     names = {path.name for path in (drawn.out / "samples").glob("step_*")}
@@ -93,13 +95,15 @@ def test_the_start_stands_beside_the_current_model(drawn):
     assert shown == [50, 200] and alone.size == picture.size  # two columns each
 
 
-def test_prompts_are_the_files_the_toys_or_the_four(drawn):
+def test_prompts_are_the_files_the_toys_those_of_the_data_or_the_four(drawn):
     def read(**flags):
-        return preview.read_prompts(Namespace(**vars(drawn.args) | flags))
+        rows = [{"caption": caption} for caption in flags.pop("captions", ["one of the data"])]
+        return preview.choose_prompts(Namespace(**vars(drawn.args) | flags), rows)
 
     assert read() == PROMPTS
     assert read(sample_prompts=None, data="toy") == toy.prompts("heldout")
-    assert read(sample_prompts=None) == list(preview.PROMPTS)
+    assert read(sample_prompts=None) == ["one of the data"]
+    assert read(sample_prompts=None, captions=["", None]) == list(preview.PROMPTS)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -137,7 +141,9 @@ def test_without_a_judge_or_the_starts_pictures_there_are_pictures_alone(drawn):
 
 def test_a_toy_picture_that_does_not_show_its_caption_counts_0(tmp_path):
     captions = toy.prompts("heldout")[:2]
-    one = preview.Preview(settings(tmp_path, judge="preference", data="toy"))
+    one = preview.Preview(
+        settings(tmp_path, judge="preference", data="toy"), toy.prompts("heldout")
+    )
     one.prompts = captions
     shown = [toy.draw(caption, np.random.default_rng(0), 1.0, 0.0) for caption in captions]
     right, swapped = one.score(shown), one.score(shown[::-1])
@@ -205,7 +211,7 @@ def test_a_failing_scorer_and_pictures_that_are_not_finite_cost_a_warning(
         assert drawn(1, [30] * 4) == (None, False)
     batches.clear()
     monkeypatch.setattr(model, "sample", fail)
-    assert preview.Preview(drawn.args).draw(None, 2, lambda: None) == (None, False)
+    assert preview.Preview(drawn.args, PROMPTS).draw(None, 2, lambda: None) == (None, False)
     assert batches == [PROMPTS[:2], PROMPTS[2:]]  # all are drawn: a forward may be collective
     said = capsys.readouterr().err
     for step in (1, 2):
@@ -220,7 +226,7 @@ def test_other_ranks_write_nothing_and_take_rank_0s_answer(drawn, monkeypatch):
 
 
 def test_a_kill_at_any_instant_leaves_best_as_best_json_says_or_no_best_json(tmp_path, monkeypatch):
-    one, left = preview.Preview(settings(tmp_path)), []
+    one, left = preview.Preview(settings(tmp_path), PROMPTS), []
 
     def interrupted(action):
         def act(*given, **options):

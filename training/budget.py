@@ -123,6 +123,25 @@ def work_done(args: Namespace, plan) -> dict:
     return work(args, plan, (stratum(args.seed, n, plan.strata) for n in micro_steps))
 
 
+# FLOP/s of a dense bf16 product that accumulates in fp32: measured on an H200, from NVIDIA's
+# whitepapers on Ada and GA102. Published scripts of this kind reach about a fifth: SmPO's 151
+# A800-hours are 19 % of that card's peak.
+RATES, SHARE = {"H200": 790e12, "RTX 4090": 165e12, "RTX 3090": 71e12}, 0.2
+
+
+def time_in_words(flops: float, world: int) -> str:
+    """Hours of a run on so many GPUs of each kind, were they to reach SHARE of RATES."""
+    listed = ", ".join(
+        f"{flops / (SHARE * rate * world) / 3600:,.1f} h on {world} {card}"
+        for card, rate in RATES.items()
+    )
+    rates = ", ".join(f"{rate / 1e12:.0f}" for rate in RATES.values())
+    return (
+        f"computed, not measured: {listed}, at {SHARE:.0%} of {rates} TFLOP/s, without encoders, "
+        "recomputation and samples"
+    )
+
+
 # -------------------------------------------------------------------------------------------------
 # A UNet at random weights, and its inputs.
 

@@ -101,10 +101,11 @@ def render(record: dict, lines: list[dict]) -> str:
     """The card. record: of `facts`. lines: of metrics.jsonl, averaged over the last tenth."""
     last = lines[-max(1, len(lines) // 10) :]
     names = [name for name in last[-1] if name != "step"] if last else []
+    logged = {name: [line[name] for line in last if name in line] for name in names}
     means = {
-        name: f"{sum(line[name] for line in last) / len(last):.4g}"
-        for name in names
-        if all(isinstance(line.get(name), float) and math.isfinite(line[name]) for line in last)
+        name: f"{sum(values) / len(values):.4g}"
+        for name, values in logged.items()
+        if all(isinstance(value, float) and math.isfinite(value) for value in values)
     }
     tags = [record["method"], "preference-alignment", "text-to-image"]
     front = ModelCardData(
@@ -135,8 +136,8 @@ Data: {code(record["data"])}, {record["pairs"]} pairs after ties were removed.
 
 ## Training metrics
 
-These are means over the last {len(last)} of {len(lines)} steps, on the training pairs. They say
-nothing about the pictures; `evaluate.py` does.
+These are means over the last {len(last)} of {len(lines)} steps, on the training pairs, or on those
+that were held out. They say nothing about the pictures; `evaluate.py` does.
 
 | | |
 |---|---|

@@ -7,14 +7,17 @@ from evaluation.published import TITLES
 from system.files import UserError
 from system.hub import check_local, check_pairs
 from system.program import Parser
-from training.recipes import INVERSION_STEPS, METHODS, recipe_of, recipe_table
+from training.recipes import INVERSION_STEPS, METHODS, NAMES, recipe_of, recipe_table
 
 
 def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags; their defaults are the recipe of --model. Raises UserError for an unknown one."""
+    """The flags; their defaults are a recipe of --model. Raises UserError for an unknown one."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--model", default="sdxl")
     first.add_argument("--method", choices=METHODS, default="inpo")
+    first.add_argument("--recipe", choices=NAMES, default="published")
+    first.add_argument("--lora")
+    first.add_argument("--lora-start", default="continue")
     first.add_argument("--inversion-spacing")
     known = first.parse_known_args(argv)[0]
 
@@ -46,6 +49,10 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--max-broken", type=float, default=0.05, metavar="P",
         help="share of the pairs, 0 to 1, that may be broken: others take their place, and "
              "broken.jsonl lists them")
+    add("--held-out", type=share_or_source, metavar="SHARE|SOURCE", default=0.0,
+        help="pairs that are kept from training, and on which loss and accuracy are logged with "
+             "the sample pictures and at the end: a share of them, 0 to 1, that has no caption and "
+             "no picture in common with the others; or a second source, as of --data")
     add("--resolution", type=int, metavar="PIXELS",
         help="side of the square; if not given the model's own (SDXL 1024, SD1.5 512, tiny 64)")
     add("--buckets", type=int, metavar="N", default=0,
@@ -68,6 +75,9 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
 
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="inpo", help="picks the recipe, too")
+    add("--recipe", choices=NAMES, default="published",
+        help="the defaults of this page: published, or lora, adapters for some hundreds or "
+             "thousands of pairs on one card; any flag overrides its own")
     add("--beta", type=float,
         help="how strongly the policy is held to the reference, per mean squared error; a larger "
              "one moves less")
@@ -115,7 +125,8 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
         help="DeepSpeed's: ZeRO stage, precision, weight decay, clipping, monitors")
 
     add = parser.add_argument_group("run").add_argument
-    add("--out", metavar="FOLDER", help="the run's folder (if not given: out/MODEL-METHOD)")
+    add("--out", metavar="FOLDER",
+        help="the run's folder (if not given: out/MODEL-METHOD, of --recipe lora with -lora)")
     add("--checkpoint-every", type=int, metavar="N",
         help="optimizer steps between checkpoints; 0: none")
     add("--export-every", type=int, metavar="N", default=0,
@@ -125,28 +136,46 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--keep", type=int, default=2, metavar="N", help="newest checkpoints to keep")
     add("--keep-every", type=int, default=0, metavar="N",
         help="keep the checkpoints of every N optimizer steps as well; 0: no")
-    add("--judge", choices=(*TITLES, "none"),
-        help="scorer of the sample pictures; the model that it likes best is kept in best/ (if not "
-             "given: preference for --data toy, else none)")
+    add("--judge", choices=(*TITLES, "held-out", "none"),
+        help="scorer of the sample pictures, or held-out: the loss on those pairs; the model that "
+             "it likes best is kept in best/ (if not given: preference for --data toy, else none)")
     add("--scorer-folder", metavar="FOLDER", type=Path,
         help="folder with copies of the scorer's hub repositories, as owner/name")
-    add("--sample-prompts", metavar="FILE", help="of the pictures: a .txt file, a prompt a line")
+    add("--sample-prompts", metavar="FILE",
+        help="of the pictures: a .txt file, a prompt a line (if not given: captions of the data, "
+             "held-out ones where there are any)")
     add("--guidance", type=float, metavar="W",
         help="scale of classifier-free guidance of the sample pictures")
     add("--dry-run", action="store_true", help="print the plan, check every input, and stop")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     # fmt: on
 
-    parser.set_defaults(**recipe_of(known.model, known.method))
+    parser.set_defaults(**recipe_of(known.model, known.method, known.recipe))
+    if known.lora and known.lora_start == "continue":  # it has a rank of its own
+        parser.set_defaults(lora_rank=0)
     if known.method == "inpo" and known.inversion_spacing in INVERSION_STEPS:
         parser.set_defaults(inversion_steps=INVERSION_STEPS[known.inversion_spacing])
     args = parser.parse_args(argv)
-    args.out = Path(args.out or f"out/{Path(args.model).name}-{args.method}")
+    name = f"{Path(args.model).name}-{args.method}{'-lora' if args.recipe == 'lora' else ''}"
+    args.out = Path(args.out or f"out/{name}")
     args.judge = args.judge or ("preference" if args.data == "toy" else "none")
     args.judge = None if args.judge == "none" else args.judge
     if args.lora_alpha is None:
         args.lora_alpha = float(args.lora_rank)
     return args
+
+
+def share_or_source(text: str) -> float | str:
+    """Of --held-out: a number from 0 up to 1, else the name of pairs."""
+    try:
+        share = float(text)
+    except ValueError:
+        return text
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(
+            f"a share must lie between 0 and 1, and '{text}' does not."
+        )
+    return share
 
 
 RANGES = {
@@ -163,6 +192,10 @@ RANGES = {
 def check_flags(args: argparse.Namespace):
     """Raises UserError for flags that are out of range, or have no meaning together."""
     check_pairs(args.data)
+    if isinstance(args.held_out, str):
+        check_pairs(args.held_out)
+    if args.judge == "held-out" and not args.held_out:
+        raise UserError("--judge held-out: no pairs are held out; give --held-out, such as 0.02.")
     for path in filter(None, (args.model, args.unet, args.vae, args.lora)):
         check_local(path)
     for flag, default in recipe_of(args.model, args.method).items():

@@ -43,12 +43,14 @@ from system.lock import LOCK, delete_unfinished, not_written
 MAY_CHANGE = {"steps", "workers", "micro_batch", "judge", "keep", "keep_every"}
 MAY_CHANGE |= {"sample_every", "checkpoint_every", "export_every", "code"}
 MAY_CHANGE |= {"cache_latents", "compile"}
+MAY_CHANGE |= {"prompts"}  # a run keeps those that it began with
+MAY_CHANGE |= {"recipe"}  # it picks other settings, which are recorded themselves
 MAY_CHANGE |= {"max_broken", "partial_data", "columns"}  # the data themselves have a fingerprint
 ENGINE = {"zero_optimization", "communication_data_type", "zero_force_ds_cpu_optimizer"}
 ENGINE |= {"tensorboard", "csv_monitor", "wandb", "steps_per_print", "wall_clock_breakdown"}
 KERNELS = {"torch_adam", "fused", "foreach"}
 # What run.json has beside the settings; it is known only once data and model have been read.
-FROM_INPUTS = {"data_fingerprint", "start_identity"}
+FROM_INPUTS = {"data_fingerprint", "held_out_fingerprint", "start_identity"}
 
 RESULT = "result.json"
 
@@ -62,6 +64,7 @@ def result_settings(settings: dict) -> dict:
     if kept.get("inversion_steps"):  # runs of before had no other path
         kept.setdefault("inversion_spacing", "uniform")
     kept = {"buckets": 0, "true_sizes": False} | kept  # nor other pictures than squares
+    kept.setdefault("held_out", 0.0)  # as they held nothing out
     config = settings.get("ds_config") or {}
     kept |= {f"ds_config.{key}": config[key] for key in config if key not in ENGINE}
     if optimizer := kept.get("ds_config.optimizer"):
@@ -132,7 +135,8 @@ def is_ours(path: Path) -> bool:
     """Whether a run that was killed before its run.json was written may have left this."""
     if path.name in ("samples", "checkpoints"):
         return path.is_dir() and not any(path.iterdir())
-    return path.name == LOCK or (path.name.startswith("run.json.") and path.suffix == ".new")
+    unfinished = path.name.startswith(("run.json.", "held_out.json.")) and path.suffix == ".new"
+    return path.name in (LOCK, "held_out.json") or unfinished
 
 
 def claim(out: Path, record: dict, facts: dict):
@@ -214,9 +218,13 @@ def resumes_at(out: Path) -> int:
 
 
 def read_metrics(out: Path, until: float = math.inf) -> list[dict]:
-    """The lines of metrics.jsonl up to a step, without damaged ones, see `read_log`."""
-    lines = read_log(out / "metrics.jsonl", is_metrics)
-    return [line for line in lines if line["step"] <= until]
+    """The lines of metrics.jsonl up to a step, without damaged ones, see `read_log`. What was
+    measured of a step after its line was written stands in a second line; here it is one."""
+    lines = {}
+    for line in read_log(out / "metrics.jsonl", is_metrics):
+        if line["step"] <= until:
+            lines[line["step"]] = lines.get(line["step"], {}) | line
+    return list(lines.values())
 
 
 def is_metrics(line: dict) -> bool:

@@ -98,9 +98,9 @@ def draw_timesteps(seed: int, numbers, at_once: int, cells: int, timesteps: int)
     return torch.tensor(drawn, dtype=torch.int64)
 
 
-def generators(seed: int, numbers) -> list[torch.Generator]:
+def generators(seed: int, numbers, stream: int = NOISE) -> list[torch.Generator]:
     """One per image, winners first; on the CPU, so that every device draws the same."""
     streams = [
-        np.random.default_rng([seed, NOISE, side, int(n)]) for side in (0, 1) for n in numbers
+        np.random.default_rng([seed, stream, side, int(n)]) for side in (0, 1) for n in numbers
     ]
     return [torch.Generator().manual_seed(int(stream.integers(2**63))) for stream in streams]

@@ -18,11 +18,12 @@ import data
 import model
 import toy
 from evaluation import scorers
+from evaluation.published import TOY
 from sources import buckets
 from system.files import ROOT, UserError
 from system.hub import architecture, one_sentence, read_config
 from system.workers import check_open_files, check_shared_memory
-from training import budget, cache, folder, lora, preview
+from training import advice, budget, cache, folder, held_out, lora, preview
 from training.flags import check_flags
 from training.latents import count_cells, inversion_calls
 
@@ -126,6 +127,8 @@ class Plan:
     fingerprint: str  # of the pairs
     sampled: int  # pairs that were decoded
     broken: list[str]  # what was wrong with some of them
+    captions: list[str]  # of the others
+    held_out: data.Rows | None  # kept from training; for a share None until held_out.split
 
 
 def asked(args: argparse.Namespace) -> dict:
@@ -141,9 +144,9 @@ def check(args: argparse.Namespace) -> Plan:
     world = int(os.environ.get("WORLD_SIZE", 1))
     accumulation = accumulate(args, world)
     check_blocks(args, world)
-    sample_prompts = preview.read_prompts(args)
-    if args.judge and args.sample_every:
-        scorers.check(args.judge, sample_prompts, args.scorer_folder)
+    prompts, judge = preview.given_prompts(args), args.judge if args.sample_every else None
+    if judge and judge != "held-out":
+        scorers.check(judge, prompts or [], args.scorer_folder)
     ds_config = complete(read_ds_config(args.ds_config), args, accumulation)
     if args.compile and ds_config["zero_optimization"]["stage"] == 3:
         raise UserError(
@@ -186,9 +189,13 @@ def check(args: argparse.Namespace) -> Plan:
     if args.lora:
         lora.check(args.lora, args.lora_start, args.model, architecture(args.model), unet)
     pairs = read_pairs(args)
-    sampled, broken = data.sample(pairs, resolution)
+    captions, broken = data.sample(pairs, resolution)
+    sampled = len(captions) + len(broken)
     check_sample(args, len(pairs), sampled, broken)
     order, shares = shape_pairs(args, pairs, resolution, side)
+    if judge in TOY and prompts is None:
+        scorers.check(judge, captions, args.scorer_folder)
+    second = read_held_out(args, resolution)
     plan = Plan(
         world=world,
         accumulation=accumulation,
@@ -211,6 +218,8 @@ def check(args: argparse.Namespace) -> Plan:
         fingerprint=data.fingerprint(pairs),
         sampled=sampled,
         broken=broken,
+        captions=captions,
+        held_out=second,
     )
     if args.cache_latents:
         check_cache(args, plan)
@@ -272,13 +281,28 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
-def check_sample(args: argparse.Namespace, pairs: int, count: int, broken: list[str]):
+def read_held_out(args: argparse.Namespace, resolution: int):
+    """The pairs of --held-out SOURCE; None for a share. Raises UserError."""
+    if not isinstance(args.held_out, str):
+        return None
+    pairs = data.read_pairs(
+        args.held_out, args.split, args.dry_run, args.partial_data, args.columns
+    )
+    captions, broken = data.sample(pairs, resolution)
+    count = len(captions) + len(broken)
+    check_sample(args, len(pairs), count, broken, "held-out")
+    return pairs
+
+
+def check_sample(
+    args: argparse.Namespace, pairs: int, count: int, broken: list[str], flag: str = "data"
+):
     """Raises UserError where more than --max-broken are broken: of all pairs, or surely, as less
     than one in 1,000 samples of data that have just that share would show by chance."""
-    bad, limit = len(broken), args.max_broken
+    bad, limit, source = len(broken), args.max_broken, getattr(args, flag.replace("-", "_"))
     if bad > limit * count and (count == pairs or bdtrc(bad - 1, count, limit) < 0.001):
         raise UserError(
-            f"--data {args.data}: {bad} of {count} pairs are broken, more than --max-broken "
+            f"--{flag} {source}: {bad} of {count} pairs are broken, more than --max-broken "
             f"{limit:g} lets pass ({broken[0]}); mend the data, or give a larger --max-broken."
         )
 
@@ -330,7 +354,11 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
     inverting = inversion_calls(args, cells)
     calls = budget.calls_per_image(args.method, inverting, lora.trains_adapters(args))
     takes = " + ".join(f"{count:g} {purpose}" for purpose, count in calls.items())
+    held, count = args.held_out, 0 if plan.held_out is None else len(plan.held_out)
+    held = f"{held}, {count:,} pairs" if count else held and f"about {held:.2%} of the pairs"
+    looks = f"{held_out.calls(args, plan):,} UNet calls" if held else ""
     taken, free = budget.disk(args, plan), budget.in_words(budget.room(args.out))
+    large = plan.parameters >= budget.TOY
     adafactor = plan.architecture == "sdxl" and args.method != "kto"
     released = " (released: Adafactor, which ZeRO would show flat partitions)" if adafactor else ""
     lines = {
@@ -340,6 +368,7 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
         f"({seen / len(plan.pairs):.2f} epochs)",
         "read as": plan.pairs.description,
         "shapes": shapes_in_words(args, plan) if args.buckets else "",
+        "held out": f"{held}; {looks} at each sample step and the last" if held else "",
         "batch": f"{args.batch} pairs = {args.micro_batch} x {plan.world} rank(s) x "
         f"{plan.accumulation} accumulated",
         "steps": f"{args.steps}; lr {args.lr:g} after {args.warmup} of warm-up; "
@@ -349,7 +378,8 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
         "objective": objective,
         "UNet calls": f"an image takes {takes}; {work['unet_calls']:,} in all, "
         f"{work['flops']:.2e} FLOPs",
-        "memory": memory_in_words(args, plan) if plan.parameters >= budget.TOY else "",
+        "time": budget.time_in_words(work["flops"], plan.world) if large else "",
+        "memory": memory_in_words(args, plan) if large else "",
         "out": f"{args.out}",
         "disk": f"at most {budget.in_words(sum(taken.values()))}: {', '.join(taken)}; {free} free",
     }
@@ -382,6 +412,8 @@ def warnings(args: argparse.Namespace, plan: Plan) -> Iterator[str]:
             f"the run sees {seen:,} pairs, and --cache-latents encodes {kept:,} (a pair and its "
             "mirror image count as two); without it the run encodes less."
         )
+    yield from advice.settings(args, plan)
+    yield from advice.captions(args, plan)
     most = sum(budget.disk(args, plan).values())
     if budget.room(args.out) < most:
         yield (

@@ -1,10 +1,12 @@
 """Pictures while a run trains: fixed prompts and seeds, the start beside the current model, and
-how a scorer likes them.
+how a scorer likes them. Prompts are captions of the data unless others are given.
 
     samples/step_000050.png     one row per prompt, columns for the start and the current model
     scores.jsonl                {step, scorer, mean, start, win_rate} per line: means over pictures,
                                 and the share of them that beat the start's, ties half
     best.json, best/            the line with the highest mean above the start's, and its model
+
+Of --judge held-out, mean and start are minus the loss on the held-out pairs, win_rate its accuracy.
 
 One picture per prompt shows the trend of a run; evaluate.py judges the result. A toy picture that
 does not show its caption counts 0, whatever its colours. After a crash, lines and pictures of lost
@@ -13,7 +15,9 @@ step, with the score that best.json says.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -46,13 +50,39 @@ PROMPTS = (
     "a bowl of ramen with steam rising, studio light",
 )
 ROWS, STEPS, TOY_STEPS = 6, 25, 12  # of the picture; of sampling, of the tiny model's
+STREAM, TRIES = 108, 64  # keeps the random streams of one seed apart; rows that are read
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """--sample-prompts, the toy's held-out captions, or PROMPTS. Raises UserError."""
+def given_prompts(args: argparse.Namespace) -> list[str] | None:
+    """--sample-prompts, or the toy's held-out captions; None where there are neither. Raises
+    UserError."""
     if args.sample_prompts:
         return prompts.read(args.sample_prompts).prompts
-    return toy.prompts("heldout") if args.data == "toy" else list(PROMPTS)
+    return toy.prompts("heldout") if args.data == "toy" else None
+
+
+def choose_prompts(args: argparse.Namespace, pairs) -> list[str]:
+    """Those that the run in --out began with; else those that are given; else captions of `pairs`,
+    a function of them and the seed; else PROMPTS. Raises UserError."""
+    try:
+        record = read_json(args.out / "run.json")
+    except UserError:  # there is none, or it is damaged
+        record = {}
+    if recorded := record.get("prompts"):
+        return recorded
+    given = given_prompts(args)
+    if given is None and not record:  # runs of before, which recorded none, began with PROMPTS
+        given = captions(pairs, args.seed)
+    return given or list(PROMPTS)
+
+
+def captions(pairs, seed: int) -> list[str]:
+    """As many different ones as PROMPTS has, or fewer, from TRIES random rows."""
+    found = []
+    for row in np.random.default_rng([seed, STREAM]).permutation(len(pairs))[:TRIES].tolist():
+        with contextlib.suppress(Exception):  # as in data.Pairs: such a row is left out
+            found.append(" ".join(pairs[row]["caption"].split()))
+    return list(dict.fromkeys(filter(None, found)))[: len(PROMPTS)]
 
 
 def is_score(line: dict) -> bool:
@@ -62,10 +92,11 @@ def is_score(line: dict) -> bool:
 
 
 class Preview:
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, prompts: list[str]):
         self.out, self.guidance, self.batch = args.out, args.guidance, args.micro_batch
         self.name, self.scorer_folder, self.judge = args.judge, args.scorer_folder, None
-        self.prompts = read_prompts(args)
+        self.name = None if self.name == "held-out" else self.name  # which judges no pictures
+        self.prompts = prompts
         self.steps = TOY_STEPS if args.data == "toy" else STEPS
 
     def draw(self, pipeline, step: int, pause: Callable[[], None]) -> tuple[dict | None, bool]:
@@ -110,19 +141,23 @@ class Preview:
         picture.save(self.out / "samples" / f"step_{step:06d}.png")
 
     def compare(self, step: int, images: list[Image.Image]) -> tuple[dict | None, bool]:
-        """Score the pictures and the start's, and add a line to scores.jsonl. Returns it, and
-        whether it is the best so far."""
+        """Score the pictures and the start's, see `add`."""
         if not self.name or not all(path.exists() for path in self.starts()):
             return None, False
         now, start = self.score(images), self.score([open_image(path) for path in self.starts()])
         wins = (now > start).mean() + (now == start).mean() / 2
         means = {"mean": now.mean(), "start": start.mean(), "win_rate": wins}
-        line = {"step": step, "scorer": self.name, **{k: float(v) for k, v in means.items()}}
-        file = self.out / "scores.jsonl"
+        means = {name: float(value) for name, value in means.items()}
+        return self.add({"step": step, "scorer": self.name, **means})
+
+    def add(self, line: dict) -> tuple[dict, bool]:
+        """Add a line to scores.jsonl. Returns it, and whether it is the best so far; rank 0."""
+        file, step = self.out / "scores.jsonl", line["step"]
         lines = [one for one in read_log(file, is_score) if one["step"] < step]  # none of a crash
         write(file, "".join(json.dumps(one) + "\n" for one in [*lines, line]))
-        rivals = [one["mean"] for one in lines if one["scorer"] == self.name]  # --judge may change
-        return line, line["mean"] > max([line["start"], *rivals])
+        rivals = [one["mean"] for one in lines if one["scorer"] == line["scorer"]]  # it may change
+        rivals += [line["start"]] if line["start"] is not None else []  # SFT has no reference
+        return line, line["mean"] > max(rivals, default=-math.inf)
 
     def keep(self, line: dict, write_model: Callable[[Path], None]):
         """Let write_model(folder) write best/, and `line` be best.json; rank 0.

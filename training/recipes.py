@@ -1,4 +1,5 @@
-"""Recipes: the published ones for SDXL and SD1.5, and one for two CPU cores."""
+"""Recipes: the published ones for SDXL and SD1.5, one for two CPU cores, and adapters for a small
+set on one card."""
 
 from typing import Any
 
@@ -62,18 +63,55 @@ BASELINES = {  # what differs from InPO's
         "warmup": (200, 500, 10),
     },
 }  # fmt: skip
+# --recipe lora: what differs from the method's recipe, for hundreds or thousands of pairs on one
+# card. Nobody has tuned it on SDXL or SD1.5 yet; where there is a source, it is that one's number.
+#   lora_rank, lora_targets   diffusers' train_diffusion_dpo.py and _sdxl.py, and MaPO's
+#                             train_with_lora.py, as their READMEs launch them: rank 8, attention,
+#                             alpha = rank. tiny: docs/results.md.
+#   dpo                       theirs for SDXL: 2,000 steps of 16 pairs, lr 1e-5, no warm-up. (Their
+#                             SD1.5 has 10,000 steps of 32 pairs: 64 epochs of 5,000.)
+#   inpo                      half of these steps, since a pair takes 17 UNet calls in place of 6,
+#                             at twice the lr: lr x steps bounds how far AdamW can move a weight.
+#   sft                       lr of sd-scripts' sdxl_train_network.py, a denoising loss as well.
+#   beta                      the method's own: theirs is 5000, too.
+#   micro_batch               1: the least memory, and all ten cells of timesteps in every step.
+#   gradient_checkpointing    SDXL takes 8.2 GiB with it, 17.1 without; SD1.5 3.5 GiB (computed).
+#   ds_config                 ZeRO-1: on one card it has no buckets (docs/memory.md).
+#   tiny                      ten times the lr of its weights.
+LORA = {
+    "inpo": {
+        "lora_rank": (8, 8, 16),
+        "lora_targets": ("attention", "attention", "all"),
+        "steps": (1000, 1000, 60),
+        "batch": (16, 16, 16),
+        "micro_batch": (1, 1, 16),
+        "lr": (2e-5, 2e-5, 2e-4),
+        "warmup": (0, 0, 10),
+        "gradient_checkpointing": (True, False, False),
+        "workers": (4, 4, 0),
+        "checkpoint_every": (100, 100, 20),
+        "sample_every": (100, 100, 20),
+        "ds_config": ("configs/zero1.json",) * 3,
+    },
+    "dpo": {"steps": (2000, 2000, 60), "lr": (1e-5, 1e-5, 2e-5)},
+    "kto": {"steps": (2000, 2000, 60), "lr": (1e-5, 1e-5, 1e-4)},
+    "sft": {"lr": (1e-4, 1e-4, 5e-5)},
+}
 # Of each --inversion-spacing, where --inversion-steps is not given; see docs/inversion.md.
 INVERSION_STEPS = {"uniform": 10, "log-sigma": 3, "released": 10}
 METHODS, COLUMNS = ("inpo", *BASELINES), ("sdxl", "sd15", "tiny")
+NAMES = ("published", "lora")
 
 
-def recipe_of(name: str, method: str = "inpo") -> dict[str, Any]:
+def recipe_of(name: str, method: str = "inpo", recipe: str = "published") -> dict[str, Any]:
     """The recipe of a preset, or of the architecture of a folder or hub id (with its own VAE)."""
     name = next((preset for preset in COLUMNS if PRESETS[preset] == name), name)
     if name in COLUMNS:
-        recipe = RECIPES | BASELINES.get(method, {})
-        return {flag: values[COLUMNS.index(name)] for flag, values in recipe.items()}
-    return recipe_of(architecture(name), method) | {"vae": None}
+        table = RECIPES | BASELINES.get(method, {})
+        if recipe == "lora":
+            table |= LORA["inpo"] | LORA[method]
+        return {flag: values[COLUMNS.index(name)] for flag, values in table.items()}
+    return recipe_of(architecture(name), method, recipe) | {"vae": None}
 
 
 def recipe_table() -> str:
@@ -81,10 +119,16 @@ def recipe_table() -> str:
     rows = [("defaults of --model", *COLUMNS)]
     rows += [("start, reference", PRESETS["sdxl"], PRESETS["sd15"], "assets/tiny-sdxl")]
     rows += [("  in the paper", "the same", "its SFT on the winners (give --unet)", "")]
-    for method in METHODS:
-        rows += [("", "", "", ""), (f"--method {method}", "", "", "")]
-        for flag, values in BASELINES.get(method, RECIPES).items():
+    tables = [(f"--method {method}", BASELINES.get(method, RECIPES)) for method in METHODS]
+    tables += [
+        (f"--recipe lora{f' --method {method}' if method != 'inpo' else ''}", LORA[method])
+        for method in METHODS
+    ]
+    for title, table in tables:
+        rows += [("", "", "", ""), (title, "", "", "")]
+        for flag, values in table.items():
             if any(value is not None for value in values):
                 rows += [(f"--{flag.replace('_', '-')}", *map(str, values))]
     lines = ["  {:26}{:43}{:49}{}".format(*row).rstrip() for row in rows]
-    return "\n".join([*lines, "  (what a baseline does not list is as in InPO)"])
+    notes = "  (what a baseline does not list is as in InPO, and what --recipe lora does not list"
+    return "\n".join([*lines, notes, "  as in the method's own recipe)"])

@@ -55,8 +55,10 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 class Run:
-    """record: the settings, with FROM_INPUTS. facts: of card.py. limit: how many skipped steps in a
-    row are too many. stop: knows whether a signal came."""
+    """record: the settings, with FROM_INPUTS and the prompts of the pictures. facts: of card.py.
+    limit: how many skipped steps in a row are too many. stop: knows whether a signal came.
+
+    Its attribute held_out is a HeldOut where there are such pairs."""
 
     def __init__(self, args: argparse.Namespace, record: dict, facts: dict, limit: int, stop: Stop):
         self.args, self.out, self.record, self.stop = args, args.out, record, stop
@@ -65,8 +67,8 @@ class Run:
         self.micro, self.pending = [], ""
         self.broken = BrokenPairs(args.out, args.max_broken, args.batch, facts["pairs"])
         self.watch, self.nonfinite = Watch(), NonFiniteSteps(args.out, dist.get_rank(), limit)
-        self.preview = Preview(args)
-        agree(record | {"prompts": self.preview.prompts})  # record has the model's identity, too
+        self.preview, self.held_out = Preview(args, record["prompts"]), None
+        agree(record)  # it has the model's identity, too
         on_main(lambda: folder.claim(self.out, record, facts))
         shares_folder(self.out)
 
@@ -107,8 +109,7 @@ class Run:
         self.nonfinite.after_step(step + 1, engine)
 
     def write(self, engine, line: dict):
-        bad = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
-        self.pending += json.dumps(line | bad) + "\n"  # JSON has no nan
+        self.pending += json_line(line)
         self.warn_if_disk_full("metrics.jsonl", self.append)
         shown = {f"train/{key}": value for key, value in line.items() if value is not None}
         self.monitor(engine, shown, line["step"])
@@ -152,6 +153,8 @@ class Run:
         not have to wait for them. A run that resumes at `step` does both again."""
         if step and due(step, self.args.export_every, self.args.steps):
             self.export(engine, self.out / "unets" / f"step_{step:06d}")
+        if step and self.held_out and due(step, self.args.sample_every or step, self.args.steps):
+            self.look(engine, step)
         if due(step, self.args.sample_every, self.args.steps):
             self.sample(engine, pipeline, step)
 
@@ -161,15 +164,38 @@ class Run:
         eager = torch.compiler.set_stance("force_eager")  # each other shape would be compiled
         with cache.encoders_on(pipeline, engine.device), eager:
             scores, best = self.preview.draw(pipeline, step, stop)
+        self.keep_best(engine, scores, best)
+        self.clock += time.monotonic() - clock  # drawing is not training
+
+    def look(self, engine, step: int):
+        """Log what becomes of the held-out pairs; keep the best model, if they are the judge."""
+        clock, stop = time.monotonic(), functools.partial(self.stop_if_asked, engine, step)
+        found, scores, best = self.held_out.measure(stop), None, False
+        start = found.pop("start")
+        if is_main():
+            self.pending += json_line({"step": step, **{f"held_out_{k}": found[k] for k in found}})
+            self.warn_if_disk_full("metrics.jsonl", self.append)
+            self.monitor(engine, {f"held_out/{key}": found[key] for key in found}, step)
+            if self.args.judge == "held-out" and math.isfinite(found["loss"]):
+                means = {"mean": -found["loss"], "start": None if start is None else -start}
+                scores = {"step": step, "scorer": "held-out", **means}
+                scores["win_rate"] = found.get("implicit_accuracy")
+                with contextlib.suppress(OSError):  # a full disk costs the line
+                    scores, best = self.preview.add(scores)
+        self.keep_best(engine, scores, share(best))
+        self.clock += time.monotonic() - clock
+
+    def keep_best(self, engine, scores: dict | None, best: bool):
+        """Show the judge's scores; where they are the best, keep the model (collective)."""
         if is_main() and scores:
             shown = {f"judge/{key}": scores[key] for key in ("mean", "start", "win_rate")}
-            self.monitor(engine, shown, step)
+            shown = {name: value for name, value in shown.items() if value is not None}
+            self.monitor(engine, shown, scores["step"])
         if best:
             weights = full_weights(engine)
             if is_main():
                 write_best = functools.partial(write_model, engine.module, weights)
                 self.warn_if_disk_full("best", lambda: self.preview.keep(scores, write_best))
-        self.clock += time.monotonic() - clock  # drawing is not training
 
     def export(self, engine, target: Path):
         """Write the current model, for evaluate.py: a UNet, or the adapters."""
@@ -272,10 +298,10 @@ class Run:
             ) from error
         print0(f"Wrote the aligned model to {self.out}.")
         if best := self.preview.best():
-            print0(
-                f"The model of step {best['step']}, whose pictures {best['scorer']} liked best, is "
-                f"in {self.out / 'best'}."
-            )
+            why = f"whose pictures {best['scorer']} liked best"
+            if best["scorer"] == "held-out":
+                why = "whose loss on the held-out pairs was the lowest"
+            print0(f"The model of step {best['step']}, {why}, is in {self.out / 'best'}.")
 
     def when_there_is_room(self, engine, action: Callable[[], None]):
         """action() on rank 0 (collective); an OSError becomes a UserError. Where the disk is full,
@@ -329,6 +355,11 @@ def measured(lines: list[dict], device: torch.device, memory: int) -> dict:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     spent = {"seconds": seconds, "devices": ranks, "device": name}
     return spent | {"device_hours": seconds * ranks / 3600, "peak_memory": memory}
+
+
+def json_line(line: dict) -> str:
+    bad = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps(line | bad) + "\n"  # JSON has no nan
 
 
 def full_weights(engine) -> dict[str, torch.Tensor]:
