@@ -255,6 +255,15 @@ def test_batches_are_the_same_for_any_ranks_and_workers_and_each_has_one_shape(r
             break
 
 
+def test_the_buckets_of_some_rows_are_those_of_a_set_of_them_alone(rows):
+    """Of what --held-out leaves: sizes are kept by the number of the row, orders count anew."""
+    some = np.flatnonzero(np.arange(len(rows)) % 3)
+    ours = data.bucketed(rows, SHAPES, 2, 0, some)
+    alone = data.bucketed(rows.select(some), SHAPES, 2, 0)
+    for n in range(3 * len(some)):
+        assert ours.row(n) == alone.row(n) and ours.shape(n) == alone.shape(n)
+
+
 def test_a_later_start_gives_what_would_have_come_then(rows):
     whole = [batch["pixels"] for batch in loader(pairs_of(rows), 0, 9, 1, 2, 1, 2)]
     later = [batch["pixels"] for batch in loader(pairs_of(rows), 5, 9, 1, 2, 1, 2)]

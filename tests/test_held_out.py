@@ -267,7 +267,7 @@ def test_what_is_logged_is_the_mean_over_places_taken_one_by_one(
     abar, margins = model.alphas_cumprod(start), []
     with torch.no_grad():
         for place, (_, row, t) in enumerate(zip(*held_out.layout(0, 2, 10, 1000), strict=True)):
-            *pictures, caption = data.read_pair(rows[int(row)], 16)
+            *pictures, caption, _ = data.read_pair(rows[int(row)], 16)
             cond, t = model.encode_prompts(start, [caption], 16), torch.tensor([t])
             policy, frozen = (model.Denoiser(p.unet, cond, abar) for p in (trained, start))
             draws = [generators(0, [place], s) for s in (held_out.POSTERIOR, held_out.NOISE)]
