@@ -78,7 +78,7 @@ def train(args: Namespace, plan: Plan, stop: processes.Stop):
         run.held_out = HeldOut(args, plan, pipeline, engine, reference, judge)
     start = run.resume(engine)
     encoder = cache.open_encoder(args, plan, pipeline, run, engine, start)
-    batches = read_batches(args, plan, encoder.pairs, start)
+    batches = run.timed(read_batches(args, plan, encoder.pairs, start))
     run.show(engine, pipeline, start)  # of a resumed run again: the kill may have come before
 
     for step in range(start, args.steps):

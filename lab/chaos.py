@@ -222,7 +222,7 @@ def disturb(program: Program, out: Path, moment: str, kind, span: float, dice) -
 # Are the files the same?
 
 # What the clock and the machine say, in metrics.jsonl, cost.json, README.md and result.json.
-TIMES = rb'(seconds|pairs_per_second|device_hours|peak_memory|"cost\.json)[" :|]+[0-9.e+-]+'
+TIMES = rb'(seconds|pairs_per_second|waiting|device_hours|peak_memory|"cost\.json)[" :|]+[0-9.e+-]+'
 OTHERS = ("*.log", "*.lock", "*/tensorboard/*", "*/checkpoints/step_*/*")
 
 

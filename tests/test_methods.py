@@ -18,6 +18,7 @@ from launch import launch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import data
 import model
 import train_inpo
 from loss import kto_loss
@@ -245,7 +246,8 @@ def test_sft_never_shows_a_loser_to_vae_or_unet_and_builds_no_reference(runs):
     assert all(len(call.x) == len(call.t) == len(text_of(call)) == 2 for call in sft.calls)
     assert sft.reference is None and sft.copies == 0 and runs["dpo"].copies == 1
     line = metrics(sft.out)[1]
-    always = {"step", "loss", "broken_pairs", "lr", "grad_norm", "seconds", "pairs_per_second"}
+    always = {"step", "loss", "broken_pairs", "lr", "grad_norm", "seconds", "waiting"}
+    always |= {"pairs_per_second"}
     always.add("skipped_steps")
     assert set(line) == always | {"err_winner"} and line["err_winner"] == line["loss"]
 
@@ -451,8 +453,10 @@ def test_flops_are_those_of_the_resolution_that_was_trained(argv, checkpoint, mo
     assert work["flops"] == pytest.approx(2 * 8 * 4 * flops_of_a_call(args.model, size=16))
 
 
-def test_time_is_that_of_the_steps_alone(argv, tmp_path, monkeypatch):
-    now = [0.0]  # a clock that only UNet calls, pictures, exports and checkpoints move
+@pytest.fixture
+def takes(monkeypatch):
+    """takes(seconds, where, name): a clock moves when where.name is called; takes.now[0] is it."""
+    now = [0.0]
     monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def takes(seconds, where, name):
@@ -465,16 +469,31 @@ def test_time_is_that_of_the_steps_alone(argv, tmp_path, monkeypatch):
 
         monkeypatch.setattr(where, name, slow)
 
+    takes.now = now
+    return takes
+
+
+def test_time_is_that_of_the_steps_alone(argv, tmp_path, monkeypatch, takes):
     takes(1, model, "predict_noise")
     takes(100, model, "sample")
     takes(1000, model, "save_unet")
     takes(10_000, deepspeed.DeepSpeedEngine, "save_checkpoint")
     monkeypatch.setattr(preview, "STEPS", 2)
     train_inpo.main(argv(method="dpo", sample_every=2, export_every=1, checkpoint_every=1))
-    assert now[0] == 8 + 2 * 2 * 100 + 2 * 1000 + 2 * 10_000  # pictures in two batches
+    assert takes.now[0] == 8 + 2 * 100 + 2 * 1000 + 2 * 10_000  # pictures in one batch
     lines = metrics(tmp_path / "run")
     assert [(line["seconds"], line["pairs_per_second"]) for line in lines] == [(4, 1), (4, 1)]
+    assert {line["waiting"] for line in lines} == {0}
     assert cost_of(tmp_path / "run")["seconds"] == 8
+
+
+def test_waiting_is_the_share_of_a_step_that_pictures_take(argv, tmp_path, takes):
+    takes(1, model, "predict_noise")
+    takes(2, data, "read_pair")
+    train_inpo.main(argv(method="dpo", sample_every=0))
+    lines = metrics(tmp_path / "run")
+    assert [line["seconds"] for line in lines] == [4 + 4 * 2] * 2  # of four pairs
+    assert [line["waiting"] for line in lines] == pytest.approx([8 / 12] * 2)
 
 
 def test_the_model_card_names_the_method(runs):

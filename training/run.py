@@ -64,7 +64,7 @@ class Run:
         self.args, self.out, self.record, self.stop = args, args.out, record, stop
         self.facts, self.code = facts, code_version()  # after resume, the code of step 1
         self.bar, self.clock, self.lr = None, time.monotonic(), 0.0
-        self.micro, self.pending = [], ""
+        self.micro, self.pending, self.waited = [], "", 0.0
         self.broken = BrokenPairs(args.out, args.max_broken, args.batch, facts["pairs"])
         self.watch, self.nonfinite = Watch(), NonFiniteSteps(args.out, dist.get_rank(), limit)
         self.preview, self.held_out = Preview(args, record["prompts"]), None
@@ -73,6 +73,16 @@ class Run:
         shares_folder(self.out)
 
     # ----- metrics
+
+    def timed(self, batches: Iterator[dict]) -> Iterator[dict]:
+        """The batches; how long the loop waits for them is counted."""
+        while True:
+            since = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - since
+            if batch is None:
+                return
+            yield batch
 
     def note(self, batch: dict, t, losses, err, err_ref, diagnostics: dict):
         """Remember a micro-step; nothing here waits for the GPU."""
@@ -87,19 +97,21 @@ class Run:
         names = list(self.micro[0])
         means = torch.stack([torch.stack([one[name] for name in names]) for one in self.micro])
         means = means.mean(0) / dist.get_world_size()
-        values = torch.cat([means, means.new_tensor([self.broken.drawn()])])
+        waited = self.waited / dist.get_world_size()
+        values = torch.cat([means, means.new_tensor([self.broken.drawn(), waited])])
         dist.all_reduce(values)
         values = values.tolist()  # the one point in a step where the CPU waits
-        self.micro = []
+        self.micro, self.waited = [], 0.0
         line = {"step": step + 1, **dict(zip(names, values, strict=False))}
         norm, now = engine.get_global_grad_norm(), time.monotonic()
         line |= {
-            "broken_pairs": int(values[-1]),
+            "broken_pairs": int(values[-2]),
             "lr": self.lr,
             "grad_norm": None if norm is None or not math.isfinite(norm) else float(norm),
             "skipped_steps": engine.skipped_steps,
             "seconds": now - self.clock,
             "pairs_per_second": self.args.batch / (now - self.clock),
+            "waiting": values[-1] / (now - self.clock),
         }
         self.clock, self.lr = now, engine.get_lr()[0]
         if is_main():
