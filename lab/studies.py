@@ -150,6 +150,20 @@ def rates_study() -> Study:
     return Study(variants, [30, 31, 32, 33, 34], images=8)
 
 
+def verdict_study() -> Study:
+    """What the rule of rates_study has chosen, once. Ours becomes the tiny model's if its mean
+    preference is above the paper's path's by more than chance, at no fewer wins over the base and
+    no lower faithfulness."""
+    chosen = (
+        "uniform, 10 cells, lr 1e-5",
+        "log sigma, 4 calls, lr 2e-5",
+        "log sigma, 3 calls, lr 1e-5",
+    )
+    every = {variant.name: variant for variant in rates_study().variants}
+    variants = [Variant(name, every[name].flags, (60,)) for name in chosen]
+    return Study(variants, [40, 41, 42, 43, 44], images=8, fold=2)
+
+
 STUDIES = {
     "table": table_study,
     "tune": tune_study,
@@ -158,4 +172,5 @@ STUDIES = {
     "drift": drift_study,
     "confirm": confirm_study,
     "rates": rates_study,
+    "verdict": verdict_study,
 }

@@ -7,6 +7,7 @@
     python -m lab.study drift       # some of them early on, where all have moved equally far
     python -m lab.study confirm     # the chosen path, on seeds and captions not used before
     python -m lab.study rates       # three paths, each at three learning rates
+    python -m lab.study verdict     # each at the rate that was chosen, on new seeds and captions
 
 The same command continues a study; runs that are done are kept. A variant is a line of
 train_inpo.py. In `table` and `tune` all variants take the same number of UNet calls
@@ -38,6 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("lab.study", __doc__)
     add = parser.add_argument
     studies = "table", "tune", "ablation", "inversion", "drift", "confirm", "rates"
+    studies += ("verdict",)
     add("study", choices=studies, help="what is trained and compared")
     add("--out", type=Path, metavar="FOLDER", help="of runs and results (default: out/STUDY)")
     add("--jobs", type=int, default=CORES, metavar="N", help="runs at a time")
@@ -316,6 +318,7 @@ WRITERS = {
     "drift": write_drift,
     "confirm": write_confirm,
     "rates": write_rates,
+    "verdict": write_confirm,
 }
 
 # -------------------------------------------------------------------------------------------------
