@@ -72,13 +72,14 @@ def read_pairs(
     Disk: parquet files are copied once, at about their size (335 GB for Pick-a-Pic v2), into the
     Arrow cache in HF_DATASETS_CACHE (else HF_HOME/datasets), and stay there; a hub id is downloaded
     first, to HF_HUB_CACHE, at its size again. All others are read where they are.
-    labels_only: of parquet files, read and check the labels and copy nothing, for a dry run."""
+    labels_only: for a dry run: of parquet files, read and check the labels and copy nothing; of the
+    hub download nothing, and take the number of rows from its page."""
     check_pairs(source)
     import datasets
 
     try:
-        found = _find(source, split, partial, asked(columns))
-        return Rows(found, labels_only and found.sample is not None)
+        found = _find(source, split, partial, asked(columns), labels_only)
+        return Rows(found, found.judged is None or (labels_only and found.sample is not None))
     except UserError:
         raise
     except Exception as error:  # of datasets and the hub, which have no common class
@@ -87,10 +88,10 @@ def read_pairs(
         raise UserError(f"Cannot read the pairs '{source}': {reason(cause)}.") from error
 
 
-def _find(source: str, split: str, partial: bool, given: dict[str, str]) -> Source:
+def _find(source: str, split: str, partial: bool, given: dict[str, str], dry: bool) -> Source:
     path = expanded(source)
     if not path.exists():
-        return saved.on_hub(source, split, given)
+        return saved.on_hub(source, split, given, dry)
     if saved.is_saved(path):
         return saved.on_disk(path, split, given)
     if path.is_file() and path.suffix in tables.SUFFIXES:

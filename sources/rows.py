@@ -31,7 +31,7 @@ class Source:
 
     where: str  # for messages
     columns: Columns
-    judged: "pyarrow.Table"  # columns.judged of all rows
+    judged: "pyarrow.Table | None"  # columns.judged of all rows; None: not here yet
     files: dict[str, int]  # the number of rows of each file, in order
     root: Path  # which paths of pictures start from
     table: Callable[[], "datasets.Dataset"]  # columns.read of all rows, memory mapped
@@ -51,7 +51,11 @@ class Rows:
         self.sample_of_files = source.sample
         judged, columns = source.judged, source.columns
         count = sum(source.files.values())
-        if columns.grouped:
+        if judged is None:
+            self.first = self.second = np.arange(count)
+            labels, strengths = np.ones(count), None
+            notes = ["not downloaded yet, so that ties, labels and pictures are not checked"]
+        elif columns.grouped:
             self.first, self.second = columns.pairs_of_groups(judged).T
             labels, strengths, notes = np.ones(len(self.first)), None, [f"{count} pictures"]
             if not len(labels):
@@ -133,7 +137,7 @@ class Rows:
             for row in np.random.default_rng(seed).permutation(len(self))[:count].tolist():
                 yield self.origin(row), functools.partial(self.__getitem__, row)
             return
-        if self.columns.grouped:
+        if self.columns.grouped or self.sample_of_files is None:
             return
         starts = dict(zip(self.files, np.cumsum([0, *self.files.values()]).tolist(), strict=False))
         decided = np.zeros(sum(self.files.values()), bool)

@@ -1,10 +1,11 @@
 """Pairs that datasets reads itself: what its save_to_disk wrote, and data sets of the hub."""
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sources.columns import recognise
+from sources.columns import Columns, recognise
 from sources.parquet import from_cache
 from sources.rows import Source
 from sources.schema import check_columns, plain_table
@@ -37,8 +38,9 @@ def on_disk(path: Path, split: str, given: dict[str, str]) -> Source:
     return _source(dataset, str(path), path, given)
 
 
-def on_hub(name: str, split: str, given: dict[str, str]) -> Source:
-    """The rows of a data set of the hub, downloaded where they are not in the cache."""
+def on_hub(name: str, split: str, given: dict[str, str], dry: bool = False) -> Source:
+    """The rows of a data set of the hub, downloaded where they are not in the cache. dry: they are
+    counted as its page counts them, and not downloaded."""
     import datasets
 
     datasets.config.HF_HUB_OFFLINE |= not reachable()
@@ -46,10 +48,21 @@ def on_hub(name: str, split: str, given: dict[str, str]) -> Source:
     if features := builder.info.features:  # before the download
         schema = features.arrow_schema
         check_columns(recognise(schema.names, name, given), schema, name)
-    builder.download_and_prepare()
-    if re.split(r"[\[+]", split)[0] not in builder.info.splits:  # or train[:1000], train+test
+    missing = dry and not os.path.exists(builder.cache_dir)
+    if not missing:
+        builder.download_and_prepare()
+    if not builder.info.splits:
+        raise UserError(
+            f"--dry-run: the page of {name} does not say how many pairs it has; download it "
+            f"(hf download {name} --repo-type dataset --local-dir FOLDER), and give --data FOLDER."
+        )
+    if (first := re.split(r"[\[+]", split)[0]) not in builder.info.splits:  # or train[:1000], a+b
         there = ", ".join(builder.info.splits)
         raise UserError(f"{name} has no split '{split}', it has {there}.")
+    if missing:
+        columns = recognise(schema.names, name, given) if features else Columns({}, "unknown")
+        count = builder.info.splits[first].num_examples
+        return Source(name, columns, None, {name: count}, Path(), builder.as_dataset)
     return _source(from_cache(builder, name, split), name, Path(), given)
 
 

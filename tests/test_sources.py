@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import tarfile
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -438,6 +439,38 @@ def test_the_advice_for_unknown_columns_fits_when_it_is_followed(tmp_path):
 def test_a_schema_may_be_changed_in_part(tmp_path):
     columns = recognise(["prompt", "chosen", "rejected", "de"], "x", asked(["caption=de"]))
     assert columns.of == {"winner": "chosen", "loser": "rejected", "caption": "de"}
+
+
+# --------------------------------------------------------------------------------------------------
+# The hub.
+
+
+@pytest.mark.parametrize("splits", [{"train": 959_040, "test": 3}, {"test": 3}, None])
+def test_a_dry_run_downloads_nothing_and_counts_as_the_page_does(splits, tmp_path, monkeypatch):
+    names = {"jpg_0": "binary", "jpg_1": "binary", "label_0": "float64", "caption": "string"}
+    features = datasets.Features({name: datasets.Value(kind) for name, kind in names.items()})
+    counts = splits and {k: SimpleNamespace(num_examples=n) for k, n in splits.items()}
+
+    def download():
+        raise AssertionError("it was downloaded")
+
+    builder = SimpleNamespace(
+        info=SimpleNamespace(features=features, splits=counts),
+        cache_dir=str(tmp_path / "none"),
+        download_and_prepare=download,
+        as_dataset=download,
+    )
+    monkeypatch.setattr(data, "check_pairs", lambda source: None)
+    monkeypatch.setattr("sources.saved.reachable", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: builder)
+    if not splits or "train" not in splits:
+        said = "does not say how many pairs" if not splits else "no split 'train', it has test"
+        with pytest.raises(UserError, match=said):
+            data.read_pairs("owner/pairs", labels_only=True)
+        return
+    rows = data.read_pairs("owner/pairs", labels_only=True)
+    assert len(rows) == 959_040 and data.sample(rows, SIZE) == ([], [])
+    assert "not downloaded yet" in rows.description and len(data.fingerprint(rows)) == 16
 
 
 # --------------------------------------------------------------------------------------------------
