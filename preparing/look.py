@@ -22,7 +22,7 @@ SHEET = 8  # pairs of the contact sheet
 
 
 def read(args: Namespace) -> Rows:
-    return data.read_pairs(args.source, args.split, columns=args.columns)
+    return data.read_pairs(args.source, args.split, partial=True, columns=args.columns)
 
 
 def look(args: Namespace):
