@@ -10,7 +10,7 @@ variants within a repeat; seconds belong to the machine, and stand there to show
     released     as the released script trains: one pair a micro-step, its own inversion, the policy
                  in fp32 (on a GPU under fp16 autocast, beside a reference in fp16)
     uniform      the paper's path, a micro-batch of pairs, the policy in --dtype
-    log-sigma    our path of 3 calls, the same otherwise, and of 2, which trains worse
+    log-sigma    our path of 4 calls, the same otherwise, and of 2, which trains worse
                  (docs/inversion.md) but has a smaller error of tau than the first two
 
 Timed is the code that trains: encode_images, encode_prompts, latents, Denoiser, squared_error,

@@ -135,7 +135,7 @@ def variants_of(args: Namespace, name: str, unet: torch.nn.Module) -> list[Varia
         if not args.lora_rank:
             reference.compile()
     pairs = args.micro_batch or PAIRS.get(name, 16)
-    paths = {"uniform": 10, "log-sigma": 3, "log-sigma, 2 calls": 2}
+    paths = {"uniform": 10, "log-sigma": 4, "log-sigma, 2 calls": 2}
     mine = [
         Variant(name, name.split(",")[0], steps, pairs, ours, reference, ours_in)
         for name, steps in paths.items()

@@ -38,8 +38,7 @@ CORES = len(os.sched_getaffinity(0))
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("lab.study", __doc__)
     add = parser.add_argument
-    studies = "table", "tune", "ablation", "inversion", "drift", "confirm", "rates"
-    studies += ("verdict",)
+    studies = "table tune ablation inversion drift confirm rates verdict".split()
     add("study", choices=studies, help="what is trained and compared")
     add("--out", type=Path, metavar="FOLDER", help="of runs and results (default: out/STUDY)")
     add("--jobs", type=int, default=CORES, metavar="N", help="runs at a time")

@@ -69,7 +69,7 @@ def test_variants_make_the_calls_they_claim(pipelines, monkeypatch, flags, train
 
     monkeypatch.setattr(model, "predict_noise", counted)
     expected = {"released": 6.4 + 1 + 3, "uniform": 5.5 + 1 + trained}
-    expected |= {"log-sigma": 3 + 1 + trained, "log-sigma, 2 calls": 2 + 1 + trained}
+    expected |= {"log-sigma": 4 + 1 + trained, "log-sigma, 2 calls": 2 + 1 + trained}
     for name, variant in variants(pipelines, *flags).items():
         calls.clear()
         for cell in range(10):
@@ -95,7 +95,7 @@ def test_an_inversion_counts_as_on_average_over_t(pipelines, monkeypatch):
         clock.parts["forward"] += 1
 
     monkeypatch.setattr(steps, "micro_step", takes_a_second_a_call)
-    means = {"released": 6.4, "uniform": 5.5, "log-sigma": 3, "log-sigma, 2 calls": 2}
+    means = {"released": 6.4, "uniform": 5.5, "log-sigma": 4, "log-sigma, 2 calls": 2}
     for name, variant in variants(pipelines).items():
         steps.timed(variant, None, torch.zeros(1), [])
         (parts,) = variant.parts
@@ -135,7 +135,7 @@ def test_report_json_and_picture_say_what_was_found(tmp_path, pipelines, capsys)
     assert f"python -m lab.bench {' '.join(argv)}" in page and torch.__version__ in page
     lines = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("|")]
     ours = [cell.strip() for cell in lines[4]]
-    assert ours[:3] == ["log-sigma", "2", "7"]
+    assert ours[:3] == ["log-sigma", "2", "8"]
     (one,) = json.loads((out / "speed.json").read_text())
     seconds = {v["name"]: [sum(p.values()) for p in v["parts"]] for v in one["variants"]}
     ratios = [a / b for a, b in zip(seconds["released"], seconds["log-sigma"], strict=True)]
@@ -149,7 +149,7 @@ def test_share_of_the_product_is_needed_work_over_time_and_rate(pipelines):
     variant.parts = [{"forward": 2.0}, {"forward": 4.0}]
     rates = {torch.float32: [100.0, 10.0]}
     found = bench.Found("x", CPU, [variant], 0.1, {"encoders": 6.0, "call": 3.0}, rates)
-    work = 6 + 2 * 7 * 3  # of a pair
+    work = 6 + 2 * 8 * 3  # of a pair
     assert found.shares(variant) == [work / 2 / 100, work / 4 / 10]
     assert found.ratios(variant, variant) == [1, 1]
 
@@ -172,7 +172,7 @@ def test_out_of_memory_costs_a_variant_not_the_run(pipelines, monkeypatch):
     rates = {torch.float32: [1e12]}
     found = bench.Found("x", CPU, [*every.values()], 0.1, {"encoders": 1.0, "call": 1.0}, rates)
     text = bench.section(asked(), [], found)
-    assert text.count("out of memory") == 2 and "| log-sigma | 2 | 7 |" in text
+    assert text.count("out of memory") == 2 and "| log-sigma | 2 | 8 |" in text
     assert lora.attached(every["uniform"].policy) is False
 
 

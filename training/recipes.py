@@ -98,7 +98,7 @@ LORA = {
     "sft": {"lr": (1e-4, 1e-4, 5e-5)},
 }
 # Of each --inversion-spacing, where --inversion-steps is not given; see docs/inversion.md.
-INVERSION_STEPS = {"uniform": 10, "log-sigma": 3, "released": 10}
+INVERSION_STEPS = {"uniform": 10, "log-sigma": 4, "released": 10}
 METHODS, COLUMNS = ("inpo", *BASELINES), ("sdxl", "sd15", "tiny")
 NAMES = ("published", "lora")
 
