@@ -271,6 +271,12 @@ def metrics(out) -> list[dict]:
     return read_metrics(Path(out))
 
 
+def untimed(out) -> list[dict]:
+    """metrics, without what depends on the machine."""
+    timed = "seconds", "pairs_per_second", "waiting"
+    return [{k: v for k, v in line.items() if k not in timed} for line in metrics(out)]
+
+
 def weights(folder) -> dict[str, torch.Tensor]:
     """Of the UNet of a pipeline."""
     return diffusers.UNet2DConditionModel.from_pretrained(Path(folder) / "unet").state_dict()

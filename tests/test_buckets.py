@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import distance, metrics, refuse, weights
+from conftest import distance, metrics, refuse, untimed, weights
 from launch import launch
 from PIL import Image
 from test_data import by_number, encode
@@ -381,10 +381,6 @@ def flags(argv, tmp_path):
     return build
 
 
-def results(out) -> list[dict]:
-    return [{k: v for k, v in x.items() if "second" not in k} for x in metrics(out)]
-
-
 def test_a_run_of_all_shapes_that_was_stopped_is_bitwise_the_unbroken_one(
     flags, tmp_path, monkeypatch
 ):
@@ -404,7 +400,7 @@ def test_a_run_of_all_shapes_that_was_stopped_is_bitwise_the_unbroken_one(
         assert sizes == [[4 * h, 4 * w, 0, 0, 2 * h, 2 * w]] * 4
     train_inpo.main(flags("stopped", "--true-sizes", steps=3))
     train_inpo.main(flags("stopped", "--true-sizes"))
-    assert results(tmp_path / "stopped") == results(tmp_path / "whole")
+    assert untimed(tmp_path / "stopped") == untimed(tmp_path / "whole")
     assert distance(weights(tmp_path / "stopped"), weights(tmp_path / "whole")) == 0
 
 
@@ -414,12 +410,12 @@ def test_two_ranks_take_the_pairs_of_one_and_resume_bitwise(flags, tmp_path):
     launch(flags("two", micro_batch=1), 2)
     launch(flags("stopped", micro_batch=1, steps=3), 2)
     launch(flags("stopped", micro_batch=1), 2)
-    assert results(tmp_path / "stopped") == results(tmp_path / "two")
+    assert untimed(tmp_path / "stopped") == untimed(tmp_path / "two")
     assert distance(weights(tmp_path / "stopped"), weights(tmp_path / "two")) == 0
     launch(flags("wider", micro_batch=1, steps=3), 2)
     train_inpo.main(flags("wider", micro_batch=2))  # on one rank
     names = "one", "two", "wider"
-    losses = [[line["loss"] for line in results(tmp_path / name)] for name in names]
+    losses = [[line["loss"] for line in untimed(tmp_path / name)] for name in names]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert losses[0] == pytest.approx(losses[2], rel=1e-3)
 

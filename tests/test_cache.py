@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import distance, metrics, refusal, refuse, weights
+from conftest import distance, refusal, refuse, untimed, weights
 from launch import launch
 from PIL import Image
 from safetensors import safe_open
@@ -108,11 +108,6 @@ def watch(monkeypatch) -> list[str]:
     return called
 
 
-def results(out: Path) -> list[dict]:
-    """What a run logged of its steps, without times."""
-    return [{k: v for k, v in x.items() if "second" not in k} for x in metrics(out)]
-
-
 # -------------------------------------------------------------------------------------------------
 # The law.
 
@@ -143,7 +138,7 @@ def test_with_the_cache_a_run_is_bitwise_the_run_without(
     train_inpo.main(flags("cached", "--cache-latents", **model_of))
     assert opened == [len(called)] * 2  # not once more
 
-    assert results(tmp_path / "cached") == results(tmp_path / "live")
+    assert untimed(tmp_path / "cached") == untimed(tmp_path / "live")
     one, two = weights(tmp_path / "cached"), weights(tmp_path / "live")
     assert distance(one, two) == 0 and distance(one, weights(checkpoint(kind))) > 1e-4
     said = [(tmp_path / name / "broken.jsonl").read_text() for name in ("live", "cached")]
@@ -157,7 +152,7 @@ def test_two_ranks_fill_one_cache_and_train_bitwise_as_without_it(flags, tmp_pat
     said = launch(flags("cached", "--cache-latents"), 2, "tests/test_cache.py")
     assert "encoding pairs: 100%" in said[0] and "encoding" not in said[1]
     assert len(list((tmp_path / "cached" / "latents").glob("*/pairs_*"))) == 2
-    assert results(tmp_path / "cached") == results(tmp_path / "live")
+    assert untimed(tmp_path / "cached") == untimed(tmp_path / "live")
     assert distance(weights(tmp_path / "cached"), weights(tmp_path / "live")) == 0
 
 

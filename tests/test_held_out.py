@@ -164,7 +164,7 @@ def short_samples(monkeypatch):
 
 def logged(out: Path, training: bool) -> list[dict]:
     """What a run logged of training, or of its held-out pairs, without times."""
-    keys = [key for key in metrics(out)[-1] if "second" not in key]
+    keys = [k for k in metrics(out)[-1] if "second" not in k and k != "waiting"]
     keys = [key for key in keys if key == "step" or key.startswith("held_out") != training]
     return [{key: line.get(key) for key in keys} for line in metrics(out)]
 

@@ -480,6 +480,6 @@ def test_every_study_writes_its_pages_and_pictures(monkeypatch, tmp_path):
         for variant in small.variants:
             assert variant.name in text
             shown = any(variant.name in p["lines"] for p in panels)
-            hidden = {"confirm": True, "inversion": "eta" in variant.name}
+            hidden = {"confirm": True, "verdict": True, "inversion": "eta" in variant.name}
             assert shown != hidden.get(name, False)
     assert Image.open(tmp_path / "table" / "samples.png").width > 64

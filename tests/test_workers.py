@@ -42,22 +42,22 @@ def in_worker() -> bool:
 class Killed(str):
     """A caption at which a worker is killed, as by the kernel for want of memory."""
 
-    def __bool__(self):
+    def __reduce__(self):
         if in_worker():
             os.kill(os.getpid(), signal.SIGKILL)
-        return True
+        return Killed, (str(self),)
 
 
 class KilledInSending(str):
     """A caption at which a worker is killed while no other can send, since it holds the lock."""
 
-    def __bool__(self):
+    def __reduce__(self):
         def die(*_):
             os.kill(os.getpid(), signal.SIGKILL)
 
         if in_worker():
             multiprocessing.connection.Connection._send_bytes = die
-        return True
+        return KilledInSending, (str(self),)
 
 
 class Unsendable(str):
@@ -72,7 +72,7 @@ class Unsendable(str):
 def batches_of(caption: str, workers: int):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
-    row = {"jpg_0": buffer.getvalue(), "jpg_1": buffer.getvalue(), "label_0": 1.0}
+    row = {"jpg_0": buffer.getvalue(), "jpg_1": buffer.getvalue() + bytes(1), "label_0": 1.0}
     pairs = data.Pairs([row | {"caption": caption}], SIDE, 0, caption_dropout=0)
     return data.loader(pairs, 0, 20, 0, 1, 1, 1, workers)
 
