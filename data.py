@@ -94,9 +94,9 @@ def _find(source: str, split: str, partial: bool, given: dict[str, str], dry: bo
         return saved.on_hub(source, split, given, dry)
     if saved.is_saved(path):
         return saved.on_disk(path, split, given)
-    if path.is_file() and path.suffix in tables.SUFFIXES:
+    if path.is_file() and path.suffix.lower() in tables.SUFFIXES:
         return tables.read(path, given)
-    if path.is_file() and path.suffix == ".tar":
+    if path.is_file() and path.suffix.lower() == ".tar":
         return named.in_tars([path])
     if not path.is_dir():
         return parquet.read(path, split, partial, given)

@@ -2,7 +2,7 @@
 
     python -m lab.reading --report docs/data.md     # four minutes, two cores
 
-Opened is a synthetic Pick-a-Pic: its columns, with pictures of 2 KB in place of 160. Read are pairs
+Opened is a synthetic Pick-a-Pic: its columns, with pictures of 1 KB in place of 160. Read are pairs
 of JPEGs of 1024 px and more, by one worker process: by ours, by datasets with a transform on a
 parquet file, and by torch's Dataset on a folder. All decode, resize and crop alike, in turns.
 """

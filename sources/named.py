@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from sources.columns import recognise
 from sources.mapped import folder, mapped
+from sources.pictures import SUFFIXES
 from sources.rows import Source
 from system.files import UserError, read_json, write
 
@@ -38,7 +39,7 @@ def in_folder(path: Path) -> Source | None:
     for file in sorted(path.rglob("*")):
         if any(part.startswith(".") for part in file.relative_to(path).parts):
             continue
-        if match := IN_FOLDER.fullmatch(file.stem):
+        if file.suffix.lower() in SUFFIXES and (match := IN_FOLDER.fullmatch(file.stem)):
             _add(found, str(file.parent / match["name"]), match["part"], file)
     if not any("winner" in one for one in found.values()):
         return None

@@ -20,6 +20,7 @@ from system.hub import reason
 
 # The most pixels of a picture, as decoded and as resized for training. Below PIL's own limits.
 PIXELS = 8192 * 8192
+SUFFIXES = ".png .jpg .jpeg .webp .avif .jp2 .j2k .gif .bmp .tif .tiff .ppm .pgm .pfm".split()
 LARGEST = 2**30  # bytes of a picture
 # Others are refused: they are rare in data, and a few of their readers start a program (EPS).
 FORMATS = ["PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM"]
@@ -49,6 +50,8 @@ def encoded(value: bytes | str | dict | None, root: Path) -> bytes:
     if "://" in value:
         raise ValueError(f"{value} is a link; download the pictures first")
     file = root / value
+    if not file.is_file() and "\\" in value:  # as Windows writes it
+        file = root / value.replace("\\", "/")
     if not file.is_file():
         raise ValueError(f"there is no file {file}")
     if file.stat().st_size > LARGEST:

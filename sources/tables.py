@@ -26,7 +26,7 @@ NAMED = 100  # rows of JSON that are looked at for their names
 def read(path: Path, given: dict[str, str]) -> Source:
     """The pairs of a table. Raises UserError."""
     try:
-        rows = _csv(path) if path.suffix in (".csv", ".tsv") else _json(path)
+        rows = _csv(path) if path.suffix.lower() in (".csv", ".tsv") else _json(path)
         first = list(itertools.islice(rows, NAMED))
         names = list(dict.fromkeys(name for row in first for name in row))
         if not first:
@@ -56,7 +56,7 @@ def _csv(path: Path) -> Iterator[dict[str, str | None]]:
     encoding = "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     with open(path, newline="", encoding=encoding) as file:
         header = file.readline(LONGEST)
-        delimiter = "\t" if path.suffix == ".tsv" else max(",;\t", key=header.count)
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
         file.seek(0)
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:

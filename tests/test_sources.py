@@ -146,6 +146,13 @@ def test_absolute_paths_and_another_working_directory_make_no_difference(tmp_pat
     check("../a.csv")
 
 
+def test_paths_as_windows_writes_them_and_suffixes_in_capitals_are_read(tmp_path):
+    rows = table(tmp_path, names=PICKAPIC)
+    for one in rows:
+        one["jpg_1"] = one["jpg_1"].replace("/", "\\")
+    check(write_csv(tmp_path / "A.CSV", rows))
+
+
 # --------------------------------------------------------------------------------------------------
 # Published schemas.
 
@@ -287,6 +294,7 @@ def test_a_folder_of_winners_losers_and_captions(tmp_path):
     (tmp_path / "pair 3_loser.png").unlink(missing_ok=True)
     (tmp_path / "deep/er/pair 3_loser.png").unlink()
     (tmp_path / "pair 4.txt").unlink()
+    (tmp_path / "pair 2_winner.txt").write_text("no picture")
     check(tmp_path, [i for i in range(ROWS) if i not in (3, 4)])
     assert "2 names lack one of" in data.read_pairs(str(tmp_path)).description
     assert len(pairs) == ROWS
