@@ -35,7 +35,7 @@ from torch import Tensor
 
 from sources import buckets, named, parquet, saved, tables
 from sources.columns import asked
-from sources.order import Bucketed, Shuffled
+from sources.order import Bucketed, Shuffled, Windowed
 from sources.pictures import PIXELS, decode, what_is_broken
 from sources.rows import PICTURES, Rows, Source
 from system.files import UserError, expanded
@@ -53,7 +53,7 @@ TABLES = [f"{name}{kind}" for name in ("pairs", "metadata") for kind in tables.S
 
 
 def read_pairs(
-    source: str, split: str = "train", labels_only=False, partial=False, columns=()
+    source: str, split: str = "train", labels_only=False, partial=False, columns=(), stream=0
 ) -> Rows:
     """The pairs of a source that are no ties; pictures are read when they are asked for, encoded.
 
@@ -72,13 +72,16 @@ def read_pairs(
     Disk: parquet files are copied once, at about their size (335 GB for Pick-a-Pic v2), into the
     Arrow cache in HF_DATASETS_CACHE (else HF_HOME/datasets), and stay there; a hub id is downloaded
     first, to HF_HUB_CACHE, at its size again. All others are read where they are.
+    stream: copy nothing; of parquet files each process keeps so many row groups in memory.
     labels_only: for a dry run: of parquet files, read and check the labels and copy nothing; of the
     hub download nothing, and take the number of rows from its page."""
     check_pairs(source)
     import datasets
 
     try:
-        found = _find(source, split, partial, asked(columns), labels_only)
+        found = _find(source, split, partial, asked(columns), labels_only, stream)
+        if stream and found.sample is None:
+            raise UserError(f"--stream: {source} is no folder of parquet files; leave it out.")
         return Rows(found, found.judged is None or (labels_only and found.sample is not None))
     except UserError:
         raise
@@ -88,7 +91,9 @@ def read_pairs(
         raise UserError(f"Cannot read the pairs '{source}': {reason(cause)}.") from error
 
 
-def _find(source: str, split: str, partial: bool, given: dict[str, str], dry: bool) -> Source:
+def _find(
+    source: str, split: str, partial: bool, given: dict[str, str], dry: bool, stream: int
+) -> Source:
     path = expanded(source)
     if not path.exists():
         return saved.on_hub(source, split, given, dry)
@@ -99,7 +104,7 @@ def _find(source: str, split: str, partial: bool, given: dict[str, str], dry: bo
     if path.is_file() and path.suffix.lower() == ".tar":
         return named.in_tars([path])
     if not path.is_dir():
-        return parquet.read(path, split, partial, given)
+        return parquet.read(path, split, partial, given, stream)
     kinds = {
         "a table": [path / name for name in TABLES if (path / name).is_file()],
         "parquet files": parquet.visible(path, "*.parquet"),
@@ -113,7 +118,8 @@ def _find(source: str, split: str, partial: bool, given: dict[str, str], dry: bo
         return tables.read(kinds["a table"][0], given)
     if there == ["tars"]:
         return named.in_tars(kinds["tars"])
-    return (not there and named.in_folder(path)) or parquet.read(path, split, partial, given)
+    found = None if there else named.in_folder(path)
+    return found or parquet.read(path, split, partial, given, stream)
 
 
 def fingerprint(rows: Rows) -> str:
@@ -242,6 +248,12 @@ def bucketed(
     which are then numbered from 0. UserError."""
     sizes = buckets.read_sizes(rows, fingerprint(rows))[some]
     return Bucketed(buckets.assign(sizes, shapes, block), block, seed)
+
+
+def streamed(rows: Rows, window: int, seed: int, resolution: int) -> Windowed:
+    """The order in which each row group is read once. rows: read with `stream`."""
+    groups = rows.table.group_of(rows.first)
+    return Windowed(groups, window, seed, (resolution, resolution))
 
 
 def sampled_shapes(

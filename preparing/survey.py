@@ -85,8 +85,9 @@ def report(rows: Rows, found: list[Seen], tokens: Callable[[list[str]], list[int
     some = "all" if len(found) == len(rows) else f"{len(found):,} of {len(rows):,} pairs, at random"
     lines["read"] = some
     lines["broken"] = _broken(found)
-    first = sum(rows.labels[seen.row] == 1 for seen in found)
-    lines["labels"] = f"the first picture won in {_share(first, len(found))}"
+    if "label_0" in rows.columns.form:  # else its column says who won
+        first = sum(rows.labels[seen.row] == 1 for seen in found)
+        lines["labels"] = f"the first picture won in {_share(first, len(found))}"
     if rows.strengths is not None:
         known = [s for s in rows.strengths[[seen.row for seen in found]] if s == s]
         middle = f", median {median(known):.2f}" if known else ""

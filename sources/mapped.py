@@ -21,12 +21,14 @@ def folder() -> Path:
 
 
 def mapped(table: "pyarrow.Table") -> "datasets.Dataset":
-    """The table, in a file that is named by what it holds. Raises UserError for a full disk."""
+    """The table in Arrow's format, mapped from a file that is named by what it holds. Raises
+    UserError for a full disk."""
     import datasets
     import pyarrow as pa
 
     if table.nbytes < SMALL:
-        return datasets.Dataset(datasets.table.InMemoryTable(table.combine_chunks()))
+        rows = datasets.Dataset(datasets.table.InMemoryTable(table.combine_chunks()))
+        return rows.with_format("arrow")
     stream = pa.BufferOutputStream()
     with pa.ipc.new_stream(stream, table.schema) as writer:
         writer.write_table(table, max_chunksize=10_000)
@@ -42,4 +44,4 @@ def mapped(table: "pyarrow.Table") -> "datasets.Dataset":
                 f"A table of {len(data) / 1e6:.3g} MB cannot be written to {file.parent} "
                 f"({error.strerror}): set HF_DATASETS_CACHE to a folder with room."
             ) from error
-    return datasets.Dataset.from_file(str(file))
+    return datasets.Dataset.from_file(str(file)).with_format("arrow")

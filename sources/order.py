@@ -2,8 +2,9 @@
 
     Shuffled    each epoch all rows in a new order, in one shape
     Bucketed    the same in blocks of N pairs of one shape, where pictures keep their ratio
+    Windowed    those of a few row groups at a time, in one shape
 
-Both have row(n), tries(n), its row and those that take its place while they are broken, and
+All have row(n), tries(n), its row and those that take its place while they are broken, and
 shape(n), (height, width) in pixels. They know how many rows there are and of which shape, nothing
 of training, of ranks and of micro-batches: so they lie beside the readers, below data.py.
 """
@@ -14,7 +15,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-ORDER, REPLACE, BLOCKS = 0, 2, 4  # with those of data.py, the random streams of one seed
+# With those of data.py, the random streams of one seed.
+ORDER, REPLACE, BLOCKS, WINDOWS = 0, 2, 4, 5
 OWN_TRIES = 50  # in a bucket, before others are cropped to its shape: hardly any of it is whole
 
 
@@ -116,3 +118,40 @@ class Bucketed:
         size, blocks = self.ends[-1], epoch * self.blocks
         ends = [(2 * blocks * end + size) // (2 * size) for end in self.ends]
         return [b - a for a, b in itertools.pairwise(ends)]
+
+
+class Windowed:
+    """Rows in one shape, for files that are read a row group at a time. groups: (N,) that of each
+    row.
+
+    An epoch takes the groups in an order drawn from (seed, epoch), `window` of them at a time, and
+    the rows of a window in one drawn from (seed, epoch, window). So each group is read once, and a
+    batch is a random sample of a window, not of all rows."""
+
+    def __init__(self, groups: np.ndarray, window: int, seed: int, shape: tuple[int, int]):
+        order = np.argsort(groups, kind="stable")
+        starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+        self.members = np.split(order, starts[1:])
+        self.size, self.window, self.seed, self._shape = len(groups), window, seed, shape
+        self._epoch = self._ends = self._windows = self._deck = None
+
+    def row(self, n: int) -> int:
+        return next(self.tries(n))
+
+    def tries(self, n: int) -> Iterator[int]:
+        """Rows of n's window, as of a deck."""
+        epoch, place = divmod(n, self.size)
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, WINDOWS, epoch])
+            groups, w = rng.permutation(len(self.members)), self.window
+            self._windows = [groups[i : i + w] for i in range(0, len(groups), w)]
+            sizes = [sum(len(self.members[g]) for g in some) for some in self._windows]
+            self._epoch, self._ends, self._deck = epoch, np.cumsum([0, *sizes]), (None, None)
+        window = int(np.searchsorted(self._ends, place, side="right")) - 1
+        if self._deck[0] != window:
+            rows = np.concatenate([self.members[g] for g in self._windows[window]])
+            self._deck = window, Deck(rows, self.seed, WINDOWS, epoch, window)
+        return self._deck[1].tries(place - int(self._ends[window]))
+
+    def shape(self, n: int) -> tuple[int, int]:
+        return self._shape

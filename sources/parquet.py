@@ -20,6 +20,7 @@ import numpy as np
 from sources.columns import Columns, numbers, recognise
 from sources.rows import Source
 from sources.schema import check_columns, features, plain_table
+from sources.streamed import RowGroups
 from system.files import UserError, expanded
 from system.hub import PAIRS, file_kind, reason
 
@@ -34,10 +35,11 @@ PART = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<parts>\d{5})")
 # Which files, and what they hold.
 
 
-def read(path: Path, split: str, partial: bool, given: dict[str, str]) -> Source:
+def read(path: Path, split: str, partial: bool, given: dict[str, str], stream: int = 0) -> Source:
     """The rows of a file, or of the files of a split that have some. Raises UserError.
 
-    partial: accept a folder that lacks some of the files that its names count."""
+    partial: accept a folder that lacks some of the files that its names count. stream: copy
+    nothing, keep so many row groups in memory."""
     columns, judged, counts = None, {}, {}
     for file in files_of(path, split, partial):
         with opened(file) as parquet:
@@ -55,7 +57,9 @@ def read(path: Path, split: str, partial: bool, given: dict[str, str]) -> Source
         judged=below(judged),
         files=counts,
         root=path if path.is_dir() else path.absolute().parent,
-        table=lambda: copied(path, columns, judged),
+        table=lambda: (
+            RowGroups([*judged], columns, stream) if stream else copied(path, columns, judged)
+        ),
         sample=functools.partial(sample, columns),
     )
 
@@ -168,13 +172,13 @@ def copied(path: Path, columns: Columns, judged: dict) -> "datasets.Dataset":
             raise UserError(
                 f"{path} needs {need / 1e9:.3g} GB for its copy in the Arrow cache, and {folder} "
                 f"has {room / 1e9:.3g} GB free: set HF_HOME or HF_DATASETS_CACHE to a folder on a "
-                "larger disk."
+                "larger disk, or read the files where they are (--stream 16)."
             )
     builder.download_and_prepare()
-    rows = from_cache(builder, path, "train")
+    rows = from_cache(builder, path, "train").with_format("arrow")
     for name in columns.copied:
         if name not in columns.read:
-            there = plain_table(rows.with_format("arrow").select_columns([name])[:])
+            there = plain_table(rows.select_columns([name])[:])
             if not there[name].equals(below(judged)[name].cast(there[name].type)):
                 raise _damaged(builder, path, "its labels are not those of the files")
     return rows

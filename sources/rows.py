@@ -18,7 +18,6 @@ from sources.pictures import encoded
 from system.files import UserError
 
 if TYPE_CHECKING:  # imported where they are used, since they take a second
-    import datasets
     import pyarrow
 
 PICTURES = ("jpg_0", "jpg_1")  # of a row
@@ -34,7 +33,7 @@ class Source:
     judged: "pyarrow.Table | None"  # columns.judged of all rows; None: not here yet
     files: dict[str, int]  # the number of rows of each file, in order
     root: Path  # which paths of pictures start from
-    table: Callable[[], "datasets.Dataset"]  # columns.read of all rows, memory mapped
+    table: Callable[[], Any]  # columns.read of all rows: a Dataset in Arrow's format, or RowGroups
     note: str = ""  # what else is to be said
     sample: Callable | None = None  # of rows, where the table costs a copy: parquet.sample
 
@@ -81,7 +80,7 @@ class Rows:
         self.labels, self.strengths = labels, strengths
         notes += [source.note] if source.note else []
         self.description = f"{len(labels)} pairs; {'; '.join(notes)}; {columns.in_words()}"
-        self.table = None if labels_only else source.table().with_format("arrow")
+        self.table = None if labels_only else source.table()
 
     def _refuse_odd(self, source: Source, odd: np.ndarray, judged: int):
         """Raises UserError where labels have another meaning than that which was looked for."""

@@ -77,5 +77,5 @@ def _source(dataset: "datasets.Dataset", where: str, root: Path, given: dict[str
         judged=plain_table(arrow.select_columns(columns.judged)[:]),
         files={where: len(dataset)},
         root=root,
-        table=lambda: dataset.select_columns(columns.read),
+        table=lambda: arrow.select_columns(columns.read),
     )

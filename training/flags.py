@@ -55,6 +55,10 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
              "no picture in common with the others; or a second source, as of --data")
     add("--resolution", type=int, metavar="PIXELS",
         help="side of the square; if not given the model's own (SDXL 1024, SD1.5 512, tiny 64)")
+    add("--stream", type=int, metavar="N", default=0,
+        help="read parquet files where they are, not from a copy of their size in the Arrow cache: "
+             "pairs come from N row groups at a time (16, say), which each loader process keeps in "
+             "memory; 0: copy them")
     add("--buckets", type=int, metavar="N", default=0,
         help="let pictures keep their ratio, from 1:2 to 2:1, in about as many pixels: N pairs in "
              "a row have one (height, width), N a multiple of --micro-batch x ranks; 0: squares, "
@@ -182,7 +186,7 @@ RANGES = {
     "beta": (1e-9, 1e9), "eta": (0, 1), "caption_dropout": (0, 1), "lr": (1e-12, 1),
     "steps": (1, 10**9), "batch": (1, 10**9), "micro_batch": (1, 10**9), "warmup": (0, 10**9),
     "inversion_steps": (1, 1000), "workers": (0, 1024), "seed": (0, 2**32),
-    "resolution": (1, 8192), "max_broken": (0, 1), "buckets": (0, 10**9),
+    "resolution": (1, 8192), "max_broken": (0, 1), "buckets": (0, 10**9), "stream": (0, 10**6),
     "sample_every": (0, 10**9), "checkpoint_every": (0, 10**9), "export_every": (0, 10**9),
     "liked_share": (0, 1), "strata": (1, 1000), "lora_rank": (0, 4096), "lora_alpha": (0, 1e6),
     "keep": (1, 10**9), "keep_every": (0, 10**9), "guidance": (1, 1e6),
@@ -219,6 +223,8 @@ def check_flags(args: argparse.Namespace):
                 f"--{flag}: has no meaning with --cache-latents, which keeps squares and no sizes; "
                 "leave one of them out."
             )
+    if args.buckets and args.stream:
+        raise UserError("--stream: has an order of its own; leave it out, or --buckets.")
     if args.buckets and args.compile:
         raise UserError(
             "--buckets: with --compile each (height, width) would be compiled anew, and more of "

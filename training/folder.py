@@ -63,7 +63,8 @@ def result_settings(settings: dict) -> dict:
     kept = {k: v for k, v in settings.items() if k not in MAY_CHANGE and k != "ds_config"}
     if kept.get("inversion_steps"):  # runs of before had no other path
         kept.setdefault("inversion_spacing", "uniform")
-    kept = {"buckets": 0, "true_sizes": False} | kept  # nor other pictures than squares
+    older = {"buckets": 0, "true_sizes": False, "stream": 0}  # squares, of a copy
+    kept = older | kept
     kept.setdefault("held_out", 0.0)  # as they held nothing out
     config = settings.get("ds_config") or {}
     kept |= {f"ds_config.{key}": config[key] for key in config if key not in ENGINE}

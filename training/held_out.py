@@ -70,12 +70,14 @@ def split(args: Namespace, plan):
     held = on_main(lambda: rows_held_out(args, plan))
     trained = np.setdiff1d(np.arange(len(plan.pairs)), held)
     name = hashlib.sha256(f"{plan.fingerprint} {held}".encode()).hexdigest()[:16]
-    order = plan.order
-    if order is not None:
-        order = data.bucketed(plan.pairs, order.shapes, args.buckets, args.seed, trained)
+    pairs, order = plan.pairs.select(trained), None
+    if args.stream:
+        order = data.streamed(pairs, args.stream, args.seed, plan.resolution)
+    if args.buckets:
+        order = data.bucketed(plan.pairs, plan.order.shapes, args.buckets, args.seed, trained)
     return dataclasses.replace(
         plan,
-        pairs=plan.pairs.select(trained),
+        pairs=pairs,
         held_out=plan.pairs.select(held),
         fingerprint=name,
         order=order,

@@ -241,6 +241,9 @@ def check_blocks(args: argparse.Namespace, world: int):
 def shape_pairs(args: argparse.Namespace, pairs, resolution: int, side: int) -> tuple[Any, dict]:
     """(order, shapes) of the plan. side: what sides of buckets are multiples of. A dry run knows a
     sample's shares alone."""
+    if args.stream and not args.dry_run:
+        order = data.streamed(pairs, args.stream, args.seed, resolution)
+        return order, {(resolution, resolution): 1.0}
     if not args.buckets:
         return None, {(resolution, resolution): 1.0}
     shapes = buckets.shapes(resolution, side)
@@ -333,7 +336,9 @@ def read_pairs(args: argparse.Namespace):
                 f"({error.strerror}): start in another folder, or draw them yourself (python "
                 f"{ROOT / 'toy.py'} pairs --out FOLDER) and give --data FOLDER/pairs.parquet."
             ) from error
-    return data.read_pairs(args.data, args.split, args.dry_run, args.partial_data, args.columns)
+    return data.read_pairs(
+        args.data, args.split, args.dry_run, args.partial_data, args.columns, args.stream
+    )
 
 
 # -------------------------------------------------------------------------------------------------
