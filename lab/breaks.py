@@ -131,7 +131,7 @@ BREAKS = [
           "table.slice(row - (self.ends[group] - len(table)) - 1, 1)",
           "test_streamed.py::test_rows_are_those_of_a_copy_and_nothing_is_copied"),
     Break("stream: windows in the order of the files", "order.py",
-          "rng.permutation(len(self.members)), self.window", "np.arange(len(self.members)), self.window",
+          "rng.permutation(len(self.members)), self", "np.arange(len(self.members)), self",
           "test_streamed.py::test_orders_differ_by_epoch_and_seed_and_n_may_be_asked_in_any_order"),
     Break("sources: the worse rank wins", "sources/columns.py",
           "key=lambda row: ranks[row])", "key=lambda row: -ranks[row])",

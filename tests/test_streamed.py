@@ -1,4 +1,4 @@
-"""sources/streamed.py and order.Windowed: parquet files read where they are, each row group once."""
+"""sources/streamed.py and order.Windowed: parquet files read where they lie, row groups once."""
 
 import itertools
 
@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import train_inpo
 from conftest import distance, png, refuse, untimed, weights
 
 import data
+import train_inpo
 from sources import streamed
 from sources.order import Windowed
 from system.files import UserError
