@@ -18,6 +18,11 @@ from system.files import UserError
 ROWS, GROUP, FILES = 30, 4, 3  # of a file; row groups of 4, 4, ..., 2 rows; a tenth are ties
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "pairs").mkdir()
