@@ -91,6 +91,8 @@ def test_orders_differ_by_epoch_and_seed_and_n_may_be_asked_in_any_order(folder)
     assert [again.row(n) for n in reversed(range(150))] == forwards[::-1]
     epochs = {tuple(forwards[i : i + 50]) for i in (0, 50, 100)}
     epochs.add(tuple(Windowed(groups, 2, 1, (8, 8)).row(n) for n in range(50)))
+    together = {frozenset(groups[list(epoch[:10])].tolist()) for epoch in epochs}
+    assert len(together) > 1 and all(len(some) == 2 for some in together)  # of the first windows
     assert len(epochs) == 4 and all(sorted(epoch) == list(range(50)) for epoch in epochs)
 
 
