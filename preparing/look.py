@@ -45,14 +45,13 @@ def check(args: Namespace):
     rows = read(args)
     found = survey(rows, range(len(rows)), args.workers)
     print(f"{args.source}\n{report(rows, found, tokens(args.model))}")
-    rejected = [
-        {"file": seen.file, "row": seen.file_row, "reason": seen.reason}
-        for seen in found
-        if seen.reason
-    ]
+    left = [(seen.file, seen.file_row, seen.reason) for seen in found if seen.reason]
+    left += [(*rows.origin_of(row), "it has no valid label") for row in rows.odd.tolist()]
+    rejected = [dict(zip(("file", "row", "reason"), one, strict=True)) for one in left]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write(args.out, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rejected))
-    print(f"{len(rejected):,} of {len(found):,} pairs would be left out; {args.out} lists them.")
+    every = len(found) + len(rows.odd)
+    print(f"{len(rejected):,} of {every:,} pairs would be left out; {args.out} lists them.")
 
 
 def convert(args: Namespace):

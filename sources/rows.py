@@ -43,13 +43,14 @@ class Rows:
 
     labels: (N,) float64, 1 where jpg_0 won and 0 where jpg_1 did. strengths: (N,) float64, the
     probability that the winner wins, nan where it is unknown; or None. description: what was found,
-    in words. labels_only: no row can be read, and nothing is copied."""
+    in words. odd: the source's rows that have no valid label. labels_only: no row can be read, and
+    nothing is copied."""
 
     def __init__(self, source: Source, labels_only: bool = False):
         self.columns, self.root, self.files = source.columns, source.root, source.files
         self.sample_of_files = source.sample
         judged, columns = source.judged, source.columns
-        count = sum(source.files.values())
+        count, self.odd = sum(source.files.values()), np.array([], dtype=np.int64)
         if judged is None:
             self.first = self.second = np.arange(count)
             labels, strengths = np.ones(count), None
@@ -68,7 +69,8 @@ class Rows:
             notes = [f"{ties.sum()} of {count} rows are ties"]
             notes += [f"{(~kept).sum()} have no judgement"] if not kept.all() else []
             if odd.any():
-                file, row = self.origin_of(int(np.flatnonzero(odd)[0]))
+                self.odd = np.flatnonzero(odd)
+                file, row = self.origin_of(int(self.odd[0]))
                 notes.append(f"{odd.sum()} have no valid label (the first is row {row} of {file})")
             self.first = self.second = np.flatnonzero(kept & (labels == labels) & (labels != 0.5))
             if not len(self.first):

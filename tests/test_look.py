@@ -99,6 +99,16 @@ def test_check_lists_every_pair_that_is_left_out_with_its_reason(source, tmp_pat
     assert reasons[1] == "both pictures are the same"
 
 
+def test_check_lists_rows_without_a_valid_label(source, tmp_path):
+    lines = source.read_text().splitlines() * 20
+    lines[12] = lines[12].replace('"label_0": 1', '"label_0": 3')
+    source.write_text("\n".join(lines))
+    look.check(asked(source, tmp_path / "rejected.jsonl"))
+    found = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert {"file": str(source), "row": 12, "reason": "it has no valid label"} in found
+    assert len(found) == 20 * 3 + 1
+
+
 def test_a_converted_file_has_the_same_pairs(source, tmp_path, capsys):
     out = tmp_path / "converted.parquet"
     look.convert(asked(source, out))
