@@ -238,7 +238,14 @@ def section(args: Namespace, argv: list[str], found: Found) -> str:
     paper = next(v for v in found.variants if v.name == "uniform")
     rate = median(found.rates[paper.dtype]) / 1e12
     repeats = max(len(v.parts) for v in found.variants)
-    after = f"Beside it, in a loader's worker: {1000 * found.data:.3g} ms a pair on one core.\n"
+    times = [median(v.seconds()) for v in found.variants if not v.failed]
+    fastest = min(times, default=float("inf"))
+    waits = [max(0, 1 - fastest * workers / found.data) for workers in (1, 8)]
+    after = (
+        f"Beside it, in a loader's worker: {1000 * found.data:.3g} ms a pair on one core. So of "
+        f"the fastest variant's time a share of {waits[0]:.0%} would be waiting with one worker, "
+        f"{waits[1]:.0%} with eight, each on a core of its own (computed).\n"
+    )
     if found.name in LARGE and not paper.failed:
         hours = RECIPE_PAIRS * median(paper.seconds()) / 3600
         after += (

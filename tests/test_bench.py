@@ -154,6 +154,21 @@ def test_share_of_the_product_is_needed_work_over_time_and_rate(pipelines):
     assert found.ratios(variant, variant) == [1, 1]
 
 
+def test_waiting_is_what_reading_takes_beyond_the_step(pipelines):
+    every = [*variants(pipelines).values()]
+    for k, variant in enumerate(every):
+        variant.parts = [dict.fromkeys(steps.PARTS, 1.0 + k)]  # the first one is the fastest: 6 s
+    rates = {torch.float32: [1e12]}
+    flops = {"encoders": 1.0, "call": 1.0}
+    cases = {
+        24.0: "75% would be waiting with one worker, 0% with eight",
+        6.0: "0% would be waiting",
+    }
+    for data_seconds, said in (cases | {96.0: "94% would be waiting with one worker, 50%"}).items():
+        found = bench.Found("x", CPU, every, data_seconds, flops, rates)
+        assert said in bench.section(asked(), [], found)
+
+
 def test_out_of_memory_costs_a_variant_not_the_run(pipelines, monkeypatch):
     every = variants(pipelines)
 

@@ -70,7 +70,7 @@ def test_a_section_is_replaced_and_the_others_stay(tmp_path):
     assert file.read_text() == "# Page\n\nHead.\n\n## One\n\n3\n\n### Sub\n\n## Two\n\n4\n"
 
 
-@hypothesis.settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
 @hypothesis.given(odd_sources.sources)
 def test_tables_names_and_tars_give_their_own_pairs_or_a_sentence(case):
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(UserError):
