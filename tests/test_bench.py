@@ -160,11 +160,9 @@ def test_waiting_is_what_reading_takes_beyond_the_step(pipelines):
         variant.parts = [dict.fromkeys(steps.PARTS, 1.0 + k)]  # the first one is the fastest: 6 s
     rates = {torch.float32: [1e12]}
     flops = {"encoders": 1.0, "call": 1.0}
-    cases = {
-        24.0: "75% would be waiting with one worker, 0% with eight",
-        6.0: "0% would be waiting",
-    }
-    for data_seconds, said in (cases | {96.0: "94% would be waiting with one worker, 50%"}).items():
+    cases = {6.0: "0% would be waiting", 24.0: "75% would be waiting with one worker, 0% with"}
+    cases |= {96.0: "94% would be waiting with one worker, 50% with eight"}
+    for data_seconds, said in cases.items():
         found = bench.Found("x", CPU, every, data_seconds, flops, rates)
         assert said in bench.section(asked(), [], found)
 
