@@ -125,6 +125,13 @@ def load_unet(name: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionM
     return _load(UNet2DConditionModel, name, "unet", dtype)
 
 
+def load_tokenizer(name: str) -> transformers.CLIPTokenizer:
+    """The first tokenizer of a pipeline, alone. Raises UserError, or what transformers does."""
+    find(name, "tokenizer", "tokenizer/vocab.json", "tokenizer/tokenizer.json")  # or it is empty
+    source = PRESETS.get(name, name)
+    return transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
+
+
 def load_pipeline(
     name: str, unet: str | None = None, vae: str | None = None, dtype: torch.dtype = torch.float32
 ) -> DiffusionPipeline:

@@ -338,7 +338,7 @@ BREAKS = [
     # ----- processes
     Break("processes: an error of one rank is not told to the others", "processes.py",
           "if said := first(said):", "if said:",
-          "test_evaluate.py::test_two_ranks_give_the_files_of_one_and_say_a_mistake_once"),
+          "test_ranks.py::test_a_mistake_of_another_rank_is_raised_on_this_one"),
     Break("processes: a signal to another rank is not seen", "processes.py",
           "dist.ReduceOp.MAX", "dist.ReduceOp.MIN",
           "test_ranks.py::test_a_signal_to_one_rank_asks_all"),

@@ -1,6 +1,6 @@
 """How fast pairs are opened and read, beside the plain loaders of datasets and torch.
 
-    python -m lab.reading --report docs/data.md     # four minutes, two cores
+    python -m lab.reading --report docs/data.md     # a minute, two cores
 
 Opened is a synthetic Pick-a-Pic: its columns, with pictures of 1 KB in place of 160. Read are pairs
 of JPEGs of 1024 px and more, by one worker process: by ours, by datasets with a transform on a

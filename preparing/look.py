@@ -10,13 +10,13 @@ import pyarrow as pa
 from tqdm import tqdm
 
 import data
+import model
 from evaluation import figures
 from preparing.survey import Seen, report, survey
 from preparing.table import check_out, is_written, write_pairs
 from sources.pictures import decode, what_is_broken
 from sources.rows import PICTURES, Rows
 from system.files import UserError, replacing, warn_once, write
-from system.hub import PRESETS, find
 
 SHEET = 8  # pairs of the contact sheet
 
@@ -98,11 +98,8 @@ def sheet(rows: Rows, some: list[Seen], file: Path):
 
 def tokens(name: str) -> Callable[[list[str]], list[int]] | None:
     """Counts the tokens of captions as a model does; None, with a warning, without the model."""
-    from transformers import AutoTokenizer
-
     try:
-        find(name, "pipeline", "model_index.json")
-        tokenizer = AutoTokenizer.from_pretrained(PRESETS.get(name, name), subfolder="tokenizer")
+        tokenizer = model.load_tokenizer(name)
     except (UserError, OSError, ValueError) as error:
         warn_once(f"tokens are not counted: {error}")
         return None

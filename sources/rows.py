@@ -148,11 +148,6 @@ class Rows:
             row = int(np.searchsorted(self.first, starts[file] + number))
             yield (file, number), functools.partial(self._pair, row, [cells])
 
-    def captions(self) -> list[str | None]:
-        """Of all pairs."""
-        column = self.table[self.columns.of["caption"]]
-        return column.take(self.first).to_pylist()
-
     def select(self, rows) -> "Rows":
         """Some of the pairs, in this order."""
         some = object.__new__(Rows)

@@ -38,14 +38,7 @@ class RowGroups:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, row: int | str) -> "pyarrow.Table | pyarrow.ChunkedArray":
-        """A row; or a column, for which all files are read."""
-        if isinstance(row, str):
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
-            files = dict.fromkeys(file for file, _ in self.groups)
-            return pa.concat_tables([pq.read_table(file, columns=[row]) for file in files])[row]
+    def __getitem__(self, row: int) -> "pyarrow.Table":
         group = int(self.group_of(row))
         table = self._read(group)
         return table.slice(row - (self.ends[group] - len(table)), 1)

@@ -169,8 +169,10 @@ def test_folder_with_hub_names_gives_only_its_split(tmp_path):
     for k in range(2):
         parquet(tmp_path / "data" / f"train-0000{k}-of-00002.parquet", columns(3, first=3 * k))
     parquet(tmp_path / "data" / "test-00000-of-00001.parquet", columns(3, first=6))
-    assert read_pairs(str(tmp_path)).captions() == [f"row {i}" for i in (0, 1, 3, 4, 5)]
-    assert read_pairs(str(tmp_path), "test").captions() == ["row 6", "row 7"]
+    train, test = read_pairs(str(tmp_path)), read_pairs(str(tmp_path), "test")
+    assert [train[k]["caption"] for k in range(5)] == [f"row {i}" for i in (0, 1, 3, 4, 5)]
+    assert [test[k]["caption"] for k in range(2)] == ["row 6", "row 7"]
+    assert (len(train), len(test)) == (5, 2)
     with pytest.raises(UserError, match="no pairs of split 'validation', it holds test, train"):
         read_pairs(str(tmp_path), "validation")
 

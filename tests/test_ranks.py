@@ -428,3 +428,9 @@ def test_the_slurm_script_lets_the_ranks_save_before_it_requeues(tmp_path):
     child.terminate()
     assert child.communicate(timeout=60)[0].splitlines() == ["saved", "saved", "requeue 17"]
     assert child.returncode == 0
+
+
+def test_a_mistake_of_another_rank_is_raised_on_this_one(monkeypatch):
+    monkeypatch.setattr(processes, "first", lambda said: said or "the other's file is missing.")
+    with pytest.raises(UserError, match="the other's file is missing"):
+        processes.together(lambda: "mine is there")

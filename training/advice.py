@@ -3,13 +3,10 @@
 Captions are those of the pairs that the plan has decoded, some 64 of all.
 """
 
-import contextlib
 from argparse import Namespace
 from collections.abc import Iterator
 
-from transformers import CLIPTokenizer
-
-from system.hub import PRESETS, find
+import model
 from training import held_out, lora
 from training.recipes import recipe_of
 
@@ -63,7 +60,11 @@ def captions(args: Namespace, plan) -> Iterator[str]:
             f"--data {args.data}: all of {count} captions are empty, so that the pairs are trained "
             "without one; fill the column caption."
         )
-    if not texts or not (tokenizer := tokenizer_of(args.model)):
+    if not texts:
+        return
+    try:
+        tokenizer = model.load_tokenizer(args.model)
+    except Exception:  # of transformers and the hub; loading the pipeline will tell
         return
     tokens = tokenizer(texts, add_special_tokens=False).input_ids
     limit, unknown = tokenizer.model_max_length, tokenizer.unk_token_id
@@ -79,15 +80,6 @@ def captions(args: Namespace, plan) -> Iterator[str]:
             f"{len(long)} of {count} captions have more tokens than the {limit} that the model "
             f"reads, whose first and last are marks ('{shortened(long[0])}'); the rest is cut off."
         )
-
-
-def tokenizer_of(model: str) -> CLIPTokenizer | None:
-    """That of a pipeline; None where it cannot be loaded, which loading the pipeline will tell."""
-    with contextlib.suppress(Exception):  # of transformers and the hub, which have no common class
-        find(
-            model, "tokenizer", "tokenizer/vocab.json", "tokenizer/tokenizer.json"
-        )  # or it is empty
-        return CLIPTokenizer.from_pretrained(PRESETS.get(model, model), subfolder="tokenizer")
 
 
 def shortened(text: str) -> str:
