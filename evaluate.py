@@ -133,7 +133,6 @@ if __name__ == "__main__":  # --help and wrong flags are answered before the sec
 
 import torch
 
-import model
 import toy
 from evaluation import gallery, scorers, tables, winrate
 from evaluation.gallery import generate, score
@@ -143,6 +142,7 @@ from evaluation.prompts import read as read_prompts
 from system import hub, processes
 from system.lock import alone, lock
 from system.processes import print0
+from weights import loading
 
 # --------------------------------------------------------------------------------------------------
 # Checks: what a user can get wrong is said before a model draws.
@@ -172,7 +172,7 @@ def check(args: argparse.Namespace) -> tuple[Found, list[str]]:
     if args.base and hub.kind(args.base) != "pipeline":
         raise UserError(f"--base '{args.base}' is no pipeline; name a folder or hub id of one.")
     bases = {n: None if kind == "pipeline" else args.base or first for n, kind in kinds.items()}
-    around = {name: model.pipeline_of(models[name], base) for name, base in bases.items()}
+    around = {name: loading.pipeline_of(models[name], base) for name, base in bases.items()}
     families = {name: family(pipeline) for name, pipeline in around.items()}
     settings = choose_settings(args, families)
 

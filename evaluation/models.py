@@ -5,10 +5,10 @@ import gc
 
 import torch
 
-import model
 from evaluation import gallery
 from system import hub
 from system.files import UserError
+from weights import loading
 
 USUAL = {"tiny": (12, 2.0, 16), "sdxl": (50, 5.0, 4), "sd15": (50, 7.5, 16)}
 FLAGS = "steps", "guidance", "batch"  # of USUAL
@@ -46,7 +46,7 @@ def precision() -> str:
 def load(manifest: dict):
     """The pipeline that a manifest tells of, on the CPU."""
     dtype = getattr(torch, manifest["dtype"])
-    return model.load_any(manifest["model"], manifest["base"], dtype)
+    return loading.load_any(manifest["model"], manifest["base"], dtype)
 
 
 def free():

@@ -85,6 +85,7 @@ from lab.steps import (
 )
 from system.files import UserError, write, write_section
 from training.budget import call_flops
+from weights import loading
 
 UPDATE = {"sdxl": 128, "sd15": 128}  # pairs of an update on one of eight devices; 16 of others
 RECIPE_PAIRS = 400 * 1024  # of the published run, for both models
@@ -122,7 +123,7 @@ def measure(args: Namespace, name: str, device: torch.device) -> Found:
     if name in architectures.CONFIGS:
         pipeline = architectures.build(name, device, dtype)
     else:
-        pipeline = model.load_pipeline(name, dtype=dtype).to(device)
+        pipeline = loading.load_pipeline(name, dtype=dtype).to(device)
     unet = pipeline.unet
     resolution = unet.config.sample_size * pipeline.vae_scale_factor
     variants = variants_of(args, name, unet)
@@ -306,7 +307,7 @@ def check(args: Namespace, gpu: bool):
     for name in args.model:
         config = architectures.read_config(name)
         if not gpu:
-            check_memory(name, model.count_parameters(config))
+            check_memory(name, loading.count_parameters(config))
 
 
 def check_memory(name: str, parameters: int):

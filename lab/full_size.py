@@ -54,7 +54,6 @@ import psutil
 import torch
 from safetensors import safe_open
 
-import model
 import toy
 from evaluation import tables
 from lab import architectures
@@ -66,6 +65,7 @@ from system.lock import lock
 from training import budget
 from training.budget import in_words
 from training.plan import read_ds_config
+from weights import loading, saving
 
 SIDE = 32  # of the full models' latents: they draw and train at 256 px
 
@@ -83,7 +83,7 @@ def make(name: str, small: bool, folder: Path):
     torch.manual_seed(0)
     name, side = architecture(name, small)
     pipeline = architectures.build(name, "cpu", torch.float16, side)
-    model.write_pipeline(pipeline, folder)
+    saving.write_pipeline(pipeline, folder)
     toy.write_pairs(folder / "pairs.parquet", n=4)
 
 
@@ -258,7 +258,7 @@ def full_step() -> tuple[float, float]:
     config, found = read_ds_config("configs/cpu.json"), []
     for bucket in (budget.BUCKET, 2 * 10**7):
         config["zero_optimization"]["reduce_bucket_size"] = bucket
-        parameters = model.count_parameters(CONFIGS["sd15"])
+        parameters = loading.count_parameters(CONFIGS["sd15"])
         held = budget.state(parameters, config, torch.float32, world=1)
         peak = sum(held.values()) - held["vae"] - min(held["buckets"], held["step"])
         peak += budget.encoders("sd15", torch.float32, torch.float32)

@@ -52,6 +52,7 @@ from lab import paths
 from lab.bench import hardware
 from lab.paths import EULER, OURS, PAPER, RELEASED, TIMESTEPS, Images, Inversion
 from training.recipes import recipe_of
+from weights import loading
 
 ERRORS = [
     *(Inversion(PAPER, n) for n in (2, 5, 10, 20, 50)),
@@ -204,12 +205,12 @@ def load_policy(args: argparse.Namespace):
             f"There is no aligned model in {ALIGNED}; name one with --aligned, or make it in two "
             f"minutes: python train_inpo.py --model tiny --out {ALIGNED} --sample-every 0."
         )
-    return model.load_unet(args.aligned)
+    return loading.load_unet(args.aligned)
 
 
 def sections(args: argparse.Namespace):
     """Measure; yields (heading, text) as they come. Draws the picture at the end."""
-    policy, pipeline = load_policy(args), model.load_pipeline(args.model)
+    policy, pipeline = load_policy(args), loading.load_pipeline(args.model)
     if len(model.alphas_cumprod(pipeline)) != 1000:
         raise UserError(f"--model {args.model}: its schedule does not have 1000 timesteps.")
     source, pipeline = args.data, pipeline.to(DEVICE)

@@ -51,6 +51,7 @@ import toy
 from invert import add_noise, randn_like
 from system import hub
 from system.lock import alone
+from weights import loading
 
 
 def held_out(
@@ -140,11 +141,11 @@ def measure(folder: Path, images: int, steps: list[int] | None = None, fold: int
     if not paths:
         raise UserError(f"{folder} has no unets/step_*; train with --export-every.")
     measured = {"images": images, "steps": read(folder, images)}
-    pipeline = model.load_pipeline("tiny")
+    pipeline = loading.load_pipeline("tiny")
     for step, path in paths.items():
         if step not in measured["steps"] and (steps is None or int(step) in steps):
             kept = folder / "images" / f"step_{int(step):06d}"
-            measured["steps"][step] = judge(pipeline, model.load_unet(path), images, kept, fold)
+            measured["steps"][step] = judge(pipeline, loading.load_unet(path), images, kept, fold)
             write(file, json.dumps(measured))
 
 

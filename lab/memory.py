@@ -42,6 +42,7 @@ from system.processes import join
 from training import lora
 from training.budget import GIB, build, encoders, random_inputs, step_memory, vae_peak
 from training.plan import compute_dtype, read_ds_config
+from weights import loading
 
 # -------------------------------------------------------------------------------------------------
 # The rows.
@@ -145,7 +146,7 @@ def page() -> str:
         sizes = (f"{size:.1f}" for size in memory.values())
         parts.append(f"| {number} | {' | '.join(sizes)} |")
     heads = [f"| row | {' | '.join(memory)} |", f"| ---: |{' ---: |' * len(memory)}"]
-    host = 20 * model.count_parameters(CONFIGS["sdxl"]) / GIB
+    host = 20 * loading.count_parameters(CONFIGS["sdxl"]) / GIB
     tables = {"recipes": "\n".join(recipes), "parts": "\n".join(heads + parts)}
     return PAGE.format(**tables, free=FREE, host=host)
 

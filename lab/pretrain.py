@@ -30,8 +30,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-import model
 import toy
+from weights import saving
 
 # -------------------------------------------------------------------------------------------------
 # Architecture.
@@ -227,7 +227,7 @@ def pretrain(
     train_unet(pipeline, latents * pipeline.vae.config.scaling_factor, captions, unet_steps)
     pipeline.unet.half()
     pipeline.vae.half()
-    model.write_pipeline(pipeline, folder)
+    saving.write_pipeline(pipeline, folder)
 
 
 def main(argv: list[str] | None = None):

@@ -26,12 +26,13 @@ import numpy as np
 import model
 import toy
 from evaluation import figures
+from weights import loading
 
 
 def main(argv: list[str] | None = None):
     args, captions = parse(argv), toy.prompts()
     with reported("lab.samples"):
-        pipeline = model.load_pipeline(args.model)
+        pipeline = loading.load_pipeline(args.model)
         seeds = [args.seed + k for k in range(len(captions))]
         images = model.sample(pipeline, captions, seeds, 25, 2.0, progress="samples")
     right = [toy.faithfulness(*pair) for pair in zip(images, captions, strict=True)]

@@ -10,13 +10,13 @@ import pyarrow as pa
 from tqdm import tqdm
 
 import data
-import model
 from evaluation import figures
 from preparing.survey import Seen, report, survey
 from preparing.table import check_out, is_written, write_pairs
 from sources.pictures import decode, what_is_broken
 from sources.rows import PICTURES, Rows
 from system.files import UserError, replacing, warn_once, write
+from weights import loading
 
 SHEET = 8  # pairs of the contact sheet
 
@@ -99,7 +99,7 @@ def sheet(rows: Rows, some: list[Seen], file: Path):
 def tokens(name: str) -> Callable[[list[str]], list[int]] | None:
     """Counts the tokens of captions as a model does; None, with a warning, without the model."""
     try:
-        tokenizer = model.load_tokenizer(name)
+        tokenizer = loading.load_tokenizer(name)
     except (UserError, OSError, ValueError) as error:
         warn_once(f"tokens are not counted: {error}")
         return None

@@ -26,7 +26,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-import model
 import toy
 from evaluation import gallery, models, prompts, scorers
 from preparing import parts, table
@@ -35,6 +34,7 @@ from system import hub, processes
 from system.files import UserError
 from system.lock import alone
 from system.processes import print0
+from weights import loading
 
 # --------------------------------------------------------------------------------------------------
 # Checks, and what is to be drawn.
@@ -55,7 +55,7 @@ def check(args: Namespace) -> dict:
         scorers.check(judge, chosen.prompts, args.scorer_folder)
     if args.base and hub.kind(args.base) != "pipeline":
         raise UserError(f"--base '{args.base}' is no pipeline; name a folder or hub id of one.")
-    around = model.pipeline_of(args.model, args.base)
+    around = loading.pipeline_of(args.model, args.base)
     settings = models.choose_settings(args, {"model": models.family(around)})["model"]
     each = args.per_prompt * args.rounds
     images = gallery.plan_images(chosen, each, args.first_seed, args.limit)

@@ -11,13 +11,14 @@ import torch
 import model
 from lab import architectures, bench, steps
 from training import lora
+from weights import loading
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name, parameters", [("sdxl", 2_567_463_684), ("sd15", 859_520_964)])
 def test_configurations_are_the_published_unets(name, parameters):
-    assert model.count_parameters(architectures.CONFIGS[name]) == parameters
+    assert loading.count_parameters(architectures.CONFIGS[name]) == parameters
 
 
 @pytest.mark.parametrize(

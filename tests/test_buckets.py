@@ -23,6 +23,7 @@ from data import Pairs, loader
 from sources import buckets
 from sources.order import OWN_TRIES, Bucketed
 from training import budget, folder
+from weights import loading
 
 SHAPES = [(12, 20), (16, 16), (20, 12)]
 SIZES = [(24, 40), (32, 32), (40, 24)]  # (height, width) of pictures
@@ -350,7 +351,7 @@ def test_each_picture_of_a_pair_has_its_own_sizes_and_without_the_flag_those_of_
 
 
 def test_sizes_reach_the_unet_in_fp32_and_sd15_is_told_nothing(checkpoint):
-    pipeline = model.load_pipeline(str(checkpoint("sdxl")), dtype=torch.bfloat16)
+    pipeline = loading.load_pipeline(str(checkpoint("sdxl")), dtype=torch.bfloat16)
     cond = model.encode_prompts(pipeline, ["a red circle"], 16)
     sizes = [[1023, 777, 3, 1, 16, 16]]
     told = model.tell_sizes(cond, sizes)["added_cond_kwargs"]["time_ids"]

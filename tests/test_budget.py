@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import model
 from system import processes
 from training import budget, lora
+from weights import loading
 
 BF16 = torch.bfloat16
 SMALL = {  # SDXL's kinds of blocks
@@ -224,7 +225,7 @@ def test_lora_trains_its_adapters_alone_and_needs_no_second_unet():
 
 
 def test_the_sum_is_the_largest_of_three_peaks():
-    step = 4 * model.count_parameters(SMALL) / 2**30
+    step = 4 * loading.count_parameters(SMALL) / 2**30
     for pairs, vae in ((1, 0.0), (8, 0.0), (1, 20.0), (8, 20.0)):
         zero = {"reduce_bucket_size": 1000}
         parts = small_memory(micro_batch=pairs, zero=zero, encoders=1.5, vae=vae)

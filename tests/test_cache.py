@@ -29,6 +29,7 @@ from system.files import UserError
 from training import budget, cache, plan, preview
 from training.flags import parse
 from training.latents import generators
+from weights import loading
 
 ROWS, BAD_PICTURE, BAD_CAPTION = 12, 3, 9
 
@@ -164,7 +165,7 @@ def test_values_keep_their_precision_and_in_other_batches_differ_in_the_last_dig
     if not half:
         monkeypatch.undo()
     dtype = torch.bfloat16 if half else torch.float32
-    pipeline = model.load_pipeline(str(checkpoint(kind)), dtype=dtype)
+    pipeline = loading.load_pipeline(str(checkpoint(kind)), dtype=dtype)
     pairs = data.Pairs(data.read_pairs(str(noisy)), 16, seed=0, caption_dropout=0.5)
     cache.fill(tmp_path, pairs, pipeline, 2, lambda: None)
     cached = cache.Cached(pairs, pipeline, tmp_path, torch.device("cpu"))
@@ -188,7 +189,7 @@ def test_values_keep_their_precision_and_in_other_batches_differ_in_the_last_dig
 def filled(checkpoint, noisy, tmp_path, monkeypatch):
     """filled(pause) -> (folder, encoded images, captions), of two files of 6 rows and one of 5
     captions."""
-    pipeline = model.load_pipeline(str(checkpoint()))
+    pipeline = loading.load_pipeline(str(checkpoint()))
     pairs = data.Pairs(data.read_pairs(str(noisy)), 16, seed=0)
     monkeypatch.setattr(cache, "FILE", 6)
 

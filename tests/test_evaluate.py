@@ -27,6 +27,7 @@ import toy
 from evaluation import gallery, prompts, published, scorers
 from system.files import ROOT, UserError
 from system.lock import LOCK, alone
+from weights import loading
 
 # --------------------------------------------------------------------------------------------------
 # A stub: a "model" is a folder whose name says how well it draws.
@@ -38,7 +39,7 @@ CAPTIONS = toy.prompts("heldout")
 
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
-    """Calls of model.sample and of model.load_any, in stub.calls and stub.loaded."""
+    """Calls of model.sample and of loading.load_any, in stub.calls and stub.loaded."""
     monkeypatch.chdir(tmp_path)
     for name, (kind, size) in KINDS.items():
         Path(name, "unet").mkdir(parents=True)
@@ -67,7 +68,7 @@ def stub(monkeypatch, tmp_path):
         rngs = [np.random.default_rng(seed) for seed in seeds]
         return [toy.draw(p, r, *pipeline.quality) for p, r in zip(prompts, rngs, strict=True)]
 
-    monkeypatch.setattr(model, "load_any", load_any)
+    monkeypatch.setattr(loading, "load_any", load_any)
     monkeypatch.setattr(model, "identity", lambda pipeline: pipeline.identity)
     monkeypatch.setattr(model, "sample", sample)
     return stub
@@ -373,7 +374,7 @@ def test_settings_that_drew_no_image_yet_may_change(stub, capsys, monkeypatch):
         patch.setattr(model, "sample", too_large)
         assert "memory is too small; give a smaller --batch and" in refused(capsys)
         assert Path("out/images/toy/base/failed").exists()  # for the other ranks to find
-        patch.setattr(model, "load_any", too_large)
+        patch.setattr(loading, "load_any", too_large)
         assert "memory is too small; free some" in refused(capsys)
     run("--batch", "5")
     assert manifest("out/images/toy/base")["batch"] == 5
@@ -740,7 +741,7 @@ from system import processes
 
 evaluate.gallery.JUDGED = 2  # images at a time, so that each rank has some
 modules = {"roll_call": processes, "init_process_group": processes.dist}
-modules |= {"sample": evaluate.model, "open_image": evaluate.gallery}
+modules |= {"sample": evaluate.gallery.model, "open_image": evaluate.gallery}
 name = sys.argv.pop(1)
 if modules[name] in (processes, processes.dist):
     processes.FORMING = timedelta(seconds=2)  # in place of minutes
@@ -797,7 +798,7 @@ def test_images_and_scores_can_be_had_without_the_command_line(real, checkpoint,
     _, whole = real
     there = manifest(whole / "images/some/base")
     about = "name model base architecture set prompts steps guidance batch".split()
-    pipeline = model.load_any(str(checkpoint()))
+    pipeline = loading.load_any(str(checkpoint()))
     images = gallery.plan_images(prompts.read(str(whole.parent / "some.tsv")), seeds=3)
     made = gallery.describe(pipeline, images, **{key: there[key] for key in about})
     evaluate.generate(pipeline, tmp_path, made)

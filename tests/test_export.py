@@ -20,6 +20,7 @@ import train_inpo
 from system import hub
 from system.files import ROOT
 from training import export, lora, plan
+from weights import loading
 
 ZERO = {"stage": 3, "stage3_param_persistence_threshold": 0}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -149,26 +150,26 @@ def test_half_precision_is_the_fp32_export_rounded_once(name, kind, runs, tmp_pa
 def test_a_unet_and_a_pipeline_load_everywhere_and_predict_the_same(runs, checkpoint, tmp_path):
     unet = write(tmp_path, runs / "full", "--to=unet")
     pipeline = write(tmp_path, runs / "full")
-    expected = predict(model.load_pipeline(str(runs / "full")))
+    expected = predict(loading.load_pipeline(str(runs / "full")))
     theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(
         checkpoint(), unet=diffusers.UNet2DConditionModel.from_pretrained(unet)
     )
     whole = diffusers.DiffusionPipeline.from_pretrained(pipeline)
-    ours = model.load_any(str(unet), str(checkpoint())), model.load_any(str(pipeline))
+    ours = loading.load_any(str(unet), str(checkpoint())), loading.load_any(str(pipeline))
     for found in (theirs, whole, *ours):
         assert torch.equal(predict(found), expected)
-    assert not torch.equal(predict(model.load_pipeline(str(checkpoint()))), expected)
+    assert not torch.equal(predict(loading.load_pipeline(str(checkpoint()))), expected)
 
 
 def test_adapters_load_everywhere_and_merged_they_are_base_plus_lora(runs, checkpoint, tmp_path):
     base, run = str(checkpoint()), runs / "lora"
     adapters, merged = write(tmp_path, run), write(tmp_path, run, "--to=pipeline")
-    expected = predict(by_hand(model.load_pipeline(base), adapters, scale=6 / 2))
+    expected = predict(by_hand(loading.load_pipeline(base), adapters, scale=6 / 2))
     theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(base)
     theirs.load_lora_weights(adapters)
-    assert (predict(model.load_pipeline(base)) - expected).abs().max() > 1e-2
+    assert (predict(loading.load_pipeline(base)) - expected).abs().max() > 1e-2
     unet = write(tmp_path, run, "--to=unet")
-    ours = [model.load_any(str(path), base) for path in (adapters, merged, unet)]
+    ours = [loading.load_any(str(path), base) for path in (adapters, merged, unet)]
     for found in (theirs, *ours, diffusers.DiffusionPipeline.from_pretrained(merged)):
         torch.testing.assert_close(predict(found), expected, rtol=1e-4, atol=1e-5)
     text = [(folder / "README.md").read_text() for folder in (adapters, merged)]
@@ -177,9 +178,9 @@ def test_adapters_load_everywhere_and_merged_they_are_base_plus_lora(runs, check
 
 def test_a_run_that_merged_a_lora_first_is_exported_with_both(runs, checkpoint, tmp_path):
     merged = write(tmp_path, runs / "merged", "--to=pipeline")
-    both = by_hand(model.load_pipeline(str(checkpoint())), runs / "lora", scale=6 / 2)
+    both = by_hand(loading.load_pipeline(str(checkpoint())), runs / "lora", scale=6 / 2)
     expected = predict(by_hand(both, runs / "merged", scale=4 / 4))
-    found = predict(model.load_pipeline(str(merged)))
+    found = predict(loading.load_pipeline(str(merged)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -16,10 +16,10 @@ from conftest import distance, metrics, weights
 from launch import start
 from safetensors import SafetensorError
 
-import model
 import train_inpo
 from system import checkpoint
 from training import run
+from weights import saving
 
 FULL = {
     "Python": lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
@@ -56,7 +56,7 @@ def full(trained, tmp_path, monkeypatch):
     is true."""
 
     def make(until, error=FULL["Python"]):
-        tries, save = [], model.save_pipeline
+        tries, save = [], saving.save_pipeline
 
         def refuse(*given):
             tries.append(given)
@@ -64,7 +64,7 @@ def full(trained, tmp_path, monkeypatch):
                 raise error()
             save(*given)
 
-        monkeypatch.setattr(model, "save_pipeline", refuse)
+        monkeypatch.setattr(saving, "save_pipeline", refuse)
         monkeypatch.setattr(run, "PAUSE", 0.01)
         return shutil.copytree(trained, tmp_path / "run")
 
@@ -139,11 +139,12 @@ TOGETHER = """
 import errno, json, os, signal, sys
 import model, train_inpo
 from training import run
+from weights import saving
 
 def refuse(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
-model.save_pipeline, run.PAUSE, wait = refuse, 0.2, run.Run.stop_if_asked
+saving.save_pipeline, run.PAUSE, wait = refuse, 0.2, run.Run.stop_if_asked
 polls = []
 
 def poll(self, engine, step):

@@ -27,6 +27,7 @@ from invert import ddim_invert
 from training import folder, held_out, plan, preview
 from training.flags import parse
 from training.latents import generators
+from weights import loading
 
 # -------------------------------------------------------------------------------------------------
 # Which pairs.
@@ -263,7 +264,7 @@ def test_what_is_logged_is_the_mean_over_places_taken_one_by_one(
     pq.write_table(pq.read_table(second).slice(0, 2), some)
     train_inpo.main(argv(held_out=some, lr=1e-3))
     args, rows = parse("", argv(held_out=some)), data.read_pairs(str(some))
-    start, trained = (model.load_pipeline(str(path)) for path in (checkpoint(), args.out))
+    start, trained = (loading.load_pipeline(str(path)) for path in (checkpoint(), args.out))
     abar, margins = model.alphas_cumprod(start), []
     with torch.no_grad():
         for place, (_, row, t) in enumerate(zip(*held_out.layout(0, 2, 10, 1000), strict=True)):

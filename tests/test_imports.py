@@ -7,7 +7,7 @@ from graphlib import TopologicalSorter
 from system.files import ROOT
 
 # A layer may import itself and those before it; training and preparing leave each other alone.
-LAYERS = ["invert loss", "system", "sources", "data model toy", "evaluation"]
+LAYERS = ["invert loss", "system", "sources weights", "data model toy", "evaluation"]
 LAYERS += ["training preparing", "train_inpo evaluate pairs", "lab"]
 BESIDE = {"training": "preparing", "preparing": "training"}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

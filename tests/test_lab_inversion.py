@@ -13,6 +13,7 @@ from lab import inversion, paths
 from lab.paths import EULER, OURS, PAPER, RELEASED, Images, Inversion
 from loss import squared_error
 from system.hub import PRESETS
+from weights import loading
 
 ABAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
 
@@ -128,7 +129,7 @@ def steady(x, t):
 
 @pytest.fixture(scope="module")
 def tiny():
-    pipeline = model.load_pipeline("tiny")
+    pipeline = loading.load_pipeline("tiny")
     x0, xt, tau = torch.randn(3, 4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     cond = model.repeat(model.encode_prompts(pipeline, ["a", "b"], 64))
     abar = model.alphas_cumprod(pipeline)

@@ -25,6 +25,7 @@ from torch.nn.functional import softplus
 import model
 from system import hub, processes
 from training import lora
+from weights import loading
 
 both = pytest.mark.parametrize("kind", ["sdxl", "sd15"])
 ABAR = torch.linspace(0.999, 0.001, 1000)
@@ -321,9 +322,9 @@ def test_what_is_saved_predicts_exactly_what_was_trained(checkpoint, tmp_path, k
 def test_what_is_saved_draws_what_was_trained_when_it_is_fused_for_evaluation(
     checkpoint, tmp_path, kind
 ):
-    unet, pipeline = adapted(checkpoint(kind)), model.load_pipeline(str(checkpoint(kind)))
+    unet, pipeline = adapted(checkpoint(kind)), loading.load_pipeline(str(checkpoint(kind)))
     assert hub.kind(saved(unet, tmp_path)) == "lora"
-    fused = model.load_any(str(tmp_path), str(checkpoint(kind)))
+    fused = loading.load_any(str(tmp_path), str(checkpoint(kind)))
     torch.testing.assert_close(predict(fused.unet, kind), predict(unet, kind), rtol=1e-4, atol=1e-5)
     pipeline.register_modules(unet=unet)
     a, b = (
@@ -378,8 +379,8 @@ def test_an_adopted_lora_is_trained_on_against_the_model_without_it(
 def test_a_merged_lora_is_in_the_reference(checkpoint, tmp_path):
     base = str(checkpoint())
     file, _ = write_lora(base, tmp_path)
-    fused = predict(model.load_any(str(file), base).unet)
-    unet = model.load_any(str(file), base).unet
+    fused = predict(loading.load_any(str(file), base).unet)
+    unet = loading.load_any(str(file), base).unet
     lora.attach(unet, 2, 2.0)
     assert torch.equal(predict(unet), fused)
     assert torch.equal(predict(lora.AdapterOff(unet)), fused)

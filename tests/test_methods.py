@@ -26,6 +26,7 @@ from training import budget, plan, preview, run
 from training.flags import parse
 from training.latents import draw_timesteps
 from training.recipes import recipe_of
+from weights import saving
 
 METHODS = ("inpo", "dpo", "kto", "sft")
 NOISE = ("dpo", "kto", "sft")  # methods of forward noise
@@ -476,7 +477,7 @@ def takes(monkeypatch):
 def test_time_is_that_of_the_steps_alone(argv, tmp_path, monkeypatch, takes):
     takes(1, model, "predict_noise")
     takes(100, model, "sample")
-    takes(1000, model, "save_unet")
+    takes(1000, saving, "save_unet")
     takes(10_000, deepspeed.DeepSpeedEngine, "save_checkpoint")
     monkeypatch.setattr(preview, "STEPS", 2)
     train_inpo.main(argv(method="dpo", sample_every=2, export_every=1, checkpoint_every=1))

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import model
 from lab import pretrain
-from model import load_pipeline
 from system import hub
+from weights import loading, saving
+from weights.loading import load_pipeline
 
 SIZE, CAPTIONS = 16, ["a red circle on a white background", "zebra", "a blue cross"]
 KINDS = {
@@ -108,12 +109,12 @@ def generators(*seeds):
 def test_parameters_are_counted_without_weights(checkpoint, kind):
     config = hub.read_config(str(checkpoint(kind)), "unet")
     weights = load_file(checkpoint(kind) / "unet" / DIFFUSION)
-    assert model.count_parameters(config) == sum(w.numel() for w in weights.values())
+    assert loading.count_parameters(config) == sum(w.numel() for w in weights.values())
 
 
 def test_the_published_sd15_unet_has_860_million_parameters():
     config = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
-    assert model.count_parameters(config) == 859_520_964
+    assert loading.count_parameters(config) == 859_520_964
 
 
 @both
@@ -220,7 +221,7 @@ def test_a_unet_is_taken_from_any_layout(checkpoint, copy, loaded, tmp_path, kin
     write_unet(folder, weights, source if layout == "unet root" else source / "unet")
     pipeline = load_pipeline(str(folder), unet=str(source))
     assert same(pipeline.unet.state_dict(), weights)
-    assert same(model.load_unet(str(source)).state_dict(), weights)
+    assert same(loading.load_unet(str(source)).state_dict(), weights)
     assert not same(loaded(kind).unet.state_dict(), weights)
 
 
@@ -323,9 +324,9 @@ def test_a_unet_alone_draws_what_the_pipeline_with_it_draws(
     write_unet(whole, other_unet(whole), whole / "unet")
     for place in (root, within / "unet"):
         shutil.copytree(whole / "unet", place)
-    expected = model.load_any(str(whole))
+    expected = loading.load_any(str(whole))
     for path in (str(root), str(within), on_hub(root), on_hub(within)):
-        found = model.load_any(path, str(checkpoint(kind)))
+        found = loading.load_any(path, str(checkpoint(kind)))
         assert model.identity(found) == model.identity(expected)
     assert levels(draw(found), draw(expected)) == 0
     assert levels(draw(found), draw(loaded(kind))) > 0
@@ -335,7 +336,7 @@ def test_what_is_loaded_has_the_precision_asked_for_and_is_ready_for_inference(c
     base = str(checkpoint())
     reference = load_pipeline(base, dtype=torch.bfloat16)
     for path in (base, f"{base}/unet", str(lora()[0])):
-        pipeline = model.load_any(path, base, torch.bfloat16)
+        pipeline = loading.load_any(path, base, torch.bfloat16)
         for name, part in parts_of(pipeline).items():
             theirs = getattr(reference, name)
             assert part.dtype == theirs.dtype and not part.training
@@ -345,10 +346,10 @@ def test_what_is_loaded_has_the_precision_asked_for_and_is_ready_for_inference(c
 
 def test_the_pipeline_around_a_path_is_itself_or_the_base(checkpoint, lora):
     whole, (file, _) = str(checkpoint("sd15")), lora("sd15")
-    assert model.pipeline_of(whole, None) == model.pipeline_of(whole, "other") == whole
+    assert loading.pipeline_of(whole, None) == loading.pipeline_of(whole, "other") == whole
     for alone in (f"{whole}/unet", str(file), str(file.parent)):
-        assert model.pipeline_of(alone, "other") == "other"
-        for action in (model.pipeline_of, model.load_any):
+        assert loading.pipeline_of(alone, "other") == "other"
+        for action in (loading.pipeline_of, loading.load_any):
             sentence = refusal(action, alone, None)
             assert f"'{alone}'" in sentence and "name one with --base" in sentence
 
@@ -363,7 +364,7 @@ def test_a_lora_is_alpha_over_r_times_b_a_added_to_the_weights(
     file, weights = write_lora(base, tmp_path, **options)
     if kohya:
         save_file(as_kohya(weights), file)
-    found = model.load_any(str(file), str(base))
+    found = loading.load_any(str(file), str(base))
     expected = hand_made(base, weights, 1.0 if written == "without alpha" else 8.0 / 4)
     assert_same_weights(found, expected, rtol=1e-5, atol=1e-6)
     assert not same(found.unet.state_dict(), loaded(kind).unet.state_dict())
@@ -374,20 +375,20 @@ def test_a_lora_draws_what_it_draws_as_an_adapter_of_diffusers(checkpoint, kind,
     base, folder = str(checkpoint(kind)), lora(kind)[0].parent
     theirs = load_pipeline(base)
     theirs.load_lora_weights(folder, weight_name=hub.LORA)
-    ours = [model.load_any(path, base) for path in (str(folder), on_hub(folder))]
+    ours = [loading.load_any(path, base) for path in (str(folder), on_hub(folder))]
     assert levels(draw(ours[0]), draw(theirs)) <= 1
     assert model.identity(ours[0]) == model.identity(ours[1])
 
 
 def test_a_lora_of_scale_0_changes_nothing(checkpoint, loaded, tmp_path):
     write_lora(checkpoint(), tmp_path, alpha=0.0)
-    found = model.load_any(str(tmp_path), str(checkpoint()))
+    found = loading.load_any(str(tmp_path), str(checkpoint()))
     assert model.identity(found) == model.identity(loaded())
 
 
 def test_a_lora_in_half_precision_is_near_that_in_fp32(checkpoint, lora):
     (file, weights), base = lora("sd15"), str(checkpoint("sd15"))
-    found = model.load_any(str(file), base, torch.float16).to(torch.float32)
+    found = loading.load_any(str(file), base, torch.float16).to(torch.float32)
     assert_same_weights(found, hand_made(base, weights, 2.0), rtol=2e-3, atol=2e-3)
 
 
@@ -441,16 +442,16 @@ def test_a_lora_that_does_not_fit_is_refused_with_a_key(checkpoint, lora, tmp_pa
     if "trainer" in misfit:
         weights = {key: w for key, w in weights.items() if "unet" in key}
     save_file(action(weights), file)
-    sentence = refusal(model.load_any, str(file), base)
+    sentence = refusal(loading.load_any, str(file), base)
     assert sentence.startswith(f"The LoRA '{file}' does not fit '{base}': ") and words in sentence
 
 
 @pytest.mark.parametrize("kinds", [("sdxl", "sd15"), ("sd15", "sdxl")], ids="-in-".join)
 def test_a_lora_or_unet_of_another_architecture_is_refused(checkpoint, lora, kinds):
     made_for, base = map(checkpoint, kinds)
-    sentence = refusal(model.load_any, str(lora(kinds[0])[0]), str(base))
+    sentence = refusal(loading.load_any, str(lora(kinds[0])[0]), str(base))
     assert "does not fit" in sentence and "attn2.to_k.lora_A" in sentence
-    assert "does not read the text of" in refusal(model.load_any, f"{made_for}/unet", str(base))
+    assert "does not read the text of" in refusal(loading.load_any, f"{made_for}/unet", str(base))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -492,11 +493,11 @@ def test_an_index_that_names_a_weight_which_its_files_lack_is_seen_through(check
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     (folder / "unet" / FILES["unet"]).unlink()
     unet.save_pretrained(folder / "unet", max_shard_size="50KB")
-    assert same(model.load_unet(str(folder)).state_dict(), unet.state_dict())
+    assert same(loading.load_unet(str(folder)).state_dict(), unet.state_dict())
     index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     file = folder / "unet" / json.loads(index.read_text())["weight_map"]["conv_in.bias"]
     save_file(lost("conv_in.bias")(load_file(file)), file)
-    sentence = refusal(model.load_unet, str(folder))
+    sentence = refusal(loading.load_unet, str(folder))
     assert index.name in sentence and "lacks the weight conv_in.bias" in sentence
 
 
@@ -648,7 +649,7 @@ CODE = {  # what is put into the folder, words of the sentence, what of the fold
 def test_code_in_a_model_is_refused_and_not_run(checkpoint, copy, tmp_path, case):
     trap, folder, (add, words, path) = tmp_path / "trap", copy(), CODE[case]
     add(folder, trap)
-    sentence = refusal(model.load_any, str(folder / path), str(checkpoint()))
+    sentence = refusal(loading.load_any, str(folder / path), str(checkpoint()))
     assert words in sentence and str(folder / path) in sentence
     assert not trap.exists()
 
@@ -688,7 +689,7 @@ def test_identity_changes_with_the_last_bit_of_any_weight(checkpoint, kind):
 
 def test_identity_changes_with_precision_and_with_a_lora(checkpoint, loaded, lora):
     base = str(checkpoint())
-    found = [model.identity(model.load_any(str(lora()[0]), base)), model.identity(loaded())]
+    found = [model.identity(loading.load_any(str(lora()[0]), base)), model.identity(loaded())]
     for dtype in (torch.float16, torch.bfloat16):
         found.append(model.identity(load_pipeline(base, dtype=dtype)))
     assert len(set(found)) == 4
@@ -699,7 +700,7 @@ def test_identity_sees_the_scale_of_a_lora(checkpoint, lora, tmp_path):
     found = []
     for alpha in (8.0, 9.0):
         save_file(as_kohya(unet, alpha), tmp_path / hub.LORA)
-        found.append(model.identity(model.load_any(str(tmp_path / hub.LORA), str(checkpoint()))))
+        found.append(model.identity(loading.load_any(str(tmp_path / hub.LORA), str(checkpoint()))))
     assert found[0] != found[1]
 
 
@@ -1089,7 +1090,7 @@ def test_samples_in_half_precision_are_near_those_in_fp32(checkpoint, loaded, ki
 def test_a_saved_pipeline_loads_without_arguments_and_samples_the_same(checkpoint, tmp_path, kind):
     pipeline = load_pipeline(str(checkpoint(kind)))
     unet, before, weights = pipeline.unet, draw(pipeline), other_unet(checkpoint(kind))
-    model.save_pipeline(pipeline, weights, tmp_path / "policy")
+    saving.save_pipeline(pipeline, weights, tmp_path / "policy")
     assert pipeline.unet is unet and levels(before, draw(pipeline)) == 0
 
     saved = KINDS[kind].from_pretrained(tmp_path / "policy")
@@ -1132,7 +1133,7 @@ def test_a_saved_pipeline_has_what_older_releases_read(copy, tmp_path, kind, pub
         file.write_text('{"image_processor_type": "CLIPImageProcessor"}')
         edit(folder / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
     pipeline = load_pipeline(str(folder))
-    model.save_pipeline(pipeline, pipeline.unet.state_dict(), tmp_path / "out")
+    saving.save_pipeline(pipeline, pipeline.unet.state_dict(), tmp_path / "out")
     assert_readable_by_older_releases(tmp_path / "out", pipeline.tokenizer)
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["feature_extractor"] == [None, None]
@@ -1155,12 +1156,12 @@ def test_a_disk_that_is_full_for_the_tokenizer_is_an_os_error(loaded, tmp_path, 
     pipeline = loaded()
     monkeypatch.setattr(pipeline, "save_pretrained", pipeline.tokenizer.save_pretrained)
     with small_disk(500), pytest.raises(OSError, match="File too large"):
-        model.write_pipeline(pipeline, tmp_path)
+        saving.write_pipeline(pipeline, tmp_path)
 
 
 def test_weights_are_saved_in_the_precision_they_have(checkpoint, loaded, tmp_path):
     weights = {k: w.bfloat16() for k, w in other_unet(checkpoint("sdxl")).items()}
-    model.save_pipeline(loaded(), weights, tmp_path)
+    saving.save_pipeline(loaded(), weights, tmp_path)
     assert same(load_file(tmp_path / "unet" / DIFFUSION), weights)
 
 
@@ -1168,7 +1169,7 @@ def test_weights_of_another_unet_are_refused(checkpoint, loaded, tmp_path):
     pipeline, weights = loaded(), other_unet(checkpoint())
     unet = pipeline.unet
     weights.pop("conv_in.weight")
-    for save, what in ((model.save_pipeline, pipeline), (model.save_unet, dict(unet.config))):
+    for save, what in ((saving.save_pipeline, pipeline), (saving.save_unet, dict(unet.config))):
         with pytest.raises(RuntimeError, match="conv_in.weight"):
             save(what, weights, tmp_path)
     assert pipeline.unet is unet and not list(tmp_path.iterdir())
@@ -1181,10 +1182,10 @@ def test_a_unet_saved_alone_loads_alone_with_its_weights_and_settings(
 ):
     weights = {k: w.to(dtype) for k, w in other_unet(checkpoint(kind)).items()}
     config, folder = loaded(kind).unet.config, tmp_path / "unet alone"
-    model.save_unet(config, weights, folder)
+    saving.save_unet(config, weights, folder)
     assert {path.name for path in folder.iterdir()} == {"config.json", DIFFUSION}
     assert same(load_file(folder / DIFFUSION), weights)
-    alone = model.load_unet(str(folder), dtype)
+    alone = loading.load_unet(str(folder), dtype)
     assert same(alone.state_dict(), weights)
     visible = lambda c: {k: v for k, v in c.items() if k[0] != "_"}  # noqa: E731
     assert visible(alone.config) == visible(config)

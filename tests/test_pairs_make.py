@@ -23,6 +23,7 @@ import pairs
 import toy
 from evaluation import gallery, models, prompts, scorers
 from preparing import make, parts
+from weights import loading
 
 CAPTIONS = toy.prompts("train")
 
@@ -43,7 +44,7 @@ def stub(monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return [drawn(text, seed) for text, seed in zip(texts, seeds, strict=True)]
 
-    monkeypatch.setattr(model, "load_any", lambda *given: pipeline)
+    monkeypatch.setattr(loading, "load_any", lambda *given: pipeline)
     monkeypatch.setattr(model, "identity", lambda pipeline: stub.weights)
     monkeypatch.setattr(model, "sample", sample)
     return stub

@@ -17,12 +17,12 @@ import torch
 import yaml
 from conftest import distance, refusal
 
-import model
 import train_inpo
 from lab import architectures
 from system.files import UserError
 from training import budget, card, lora, plan
 from training.flags import parse
+from weights import loading, loras
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -95,7 +95,7 @@ def test_the_vae_is_counted_in_the_dtype_that_it_is_loaded_in(
     folder = shutil.copytree(checkpoint(kind), tmp_path / "model")
     file = folder / "vae" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
-    loaded = model.load_pipeline(str(folder), dtype=dtype).vae.dtype
+    loaded = loading.load_pipeline(str(folder), dtype=dtype).vae.dtype
     assert budget.vae_dtype(planned, dtype) == loaded == expected
 
 
@@ -309,7 +309,7 @@ def test_the_front_matter_of_the_card_holds_any_path(path, argv):
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_lines_of_the_card_load_what_was_trained(subfolder, merged, argv, checkpoint, tmp_path):
     other, first, out = tmp_path / "other", tmp_path / "first", tmp_path / "run"
-    unet = model.load_unet(str(checkpoint()))
+    unet = loading.load_unet(str(checkpoint()))
     with torch.no_grad():
         for weight in unet.parameters():
             weight.add_(0.01 * torch.randn_like(weight))
@@ -320,10 +320,10 @@ def test_the_lines_of_the_card_load_what_was_trained(subfolder, merged, argv, ch
         flags |= {"lora": first, "lora_start": "merge"}
     train_inpo.main(argv(**flags))
 
-    expected = model.load_pipeline(str(checkpoint()), unet=str(other))
+    expected = loading.load_pipeline(str(checkpoint()), unet=str(other))
     for path in [first] * merged + [out]:
         before = {key: value.clone() for key, value in expected.unet.state_dict().items()}
-        model.fuse_lora(expected, str(path))
+        loras.fuse_lora(expected, str(path))
         assert distance(expected.unet.state_dict(), before) > 1e-3
     [code] = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
     names = {"FOLDER": str(out)}
@@ -378,13 +378,13 @@ def test_a_lora_that_does_not_fit_is_refused_before_weights_are_loaded(
 ):
     rank = 2 if start == "merge" else 0
     flags = {"model": checkpoint(kind), "lora_start": start, "lora_rank": rank}
-    other = model.load_unet(str(checkpoint("sd15" if kind == "sdxl" else "sdxl")))
-    for name, unet in {"fits": model.load_unet(str(checkpoint(kind))), "another": other}.items():
+    other = loading.load_unet(str(checkpoint("sd15" if kind == "sdxl" else "sdxl")))
+    for name, unet in {"fits": loading.load_unet(str(checkpoint(kind))), "another": other}.items():
         lora.attach(unet, 2, 2.0)
         lora.save(lora.trainable(unet), unet.peft_config[lora.NAME], tmp_path / name)
     (tmp_path / "no.safetensors").write_bytes(b"no")
-    monkeypatch.setattr(model, "load_pipeline", None)
-    monkeypatch.setattr(model, "load_unet", None)
+    monkeypatch.setattr(loading, "load_pipeline", None)
+    monkeypatch.setattr(loading, "load_unet", None)
     plan.check(parse("", [*argv(lora=tmp_path / "fits", **flags), *["--dry-run"] * dry]))
     for name, words in {"another": "does not fit", "no.safetensors": "cannot be read"}.items():
         sentence = refused(argv, dry, lora=tmp_path / name, **flags)

@@ -14,7 +14,6 @@ from conftest import refusal
 from launch import start
 from PIL import Image
 
-import model
 import toy
 from evaluation import figures
 from lab import measure, report, studies, study
@@ -22,6 +21,7 @@ from system.files import UserError
 from system.lock import alone
 from training.flags import parse
 from training.recipes import METHODS
+from weights import loading
 
 PROMPTS = toy.prompts("heldout")
 
@@ -294,7 +294,7 @@ def test_the_start_does_not_drift_and_its_pictures_are_kept(few, tmp_path):
 
 
 def test_every_export_is_judged_once(few, tmp_path):
-    unet = model.load_unet("tiny")
+    unet = loading.load_unet("tiny")
     for step in (2, 3):
         with torch.no_grad():
             unet.conv_out.bias += 0.01

@@ -19,6 +19,7 @@ import model
 import toy
 from lab import pretrain, samples
 from system import hub
+from weights import loading
 
 SATURATIONS, BLURS = (0.3, 0.5, 1.0), (0.0, 0.8, 1.6, 2.5)  # the whole range of both
 EVERY = [
@@ -459,7 +460,7 @@ def test_the_embedded_model_is_small_and_loads_without_arguments():
 
 def test_the_embedded_model_draws_what_the_caption_says():
     captions = [toy.prompts()[3 * i + i % 3] for i in range(24)]  # each colour with each shape
-    images = model.sample(model.load_pipeline("tiny"), captions, list(range(24)), 25, 2.0)
+    images = model.sample(loading.load_pipeline("tiny"), captions, list(range(24)), 25, 2.0)
     right = [toy.faithfulness(*pair) for pair in zip(images, captions, strict=True)]
     assert np.mean(right) >= 0.85
 
@@ -471,7 +472,7 @@ def test_the_picture_of_samples_shows_every_caption_once(tmp_path, monkeypatch, 
         rngs = map(np.random.default_rng, seeds[1:])
         return [wrong, *(toy.draw(p, rng) for p, rng in zip(prompts[1:], rngs, strict=True))]
 
-    monkeypatch.setattr(model, "load_pipeline", lambda name: None)
+    monkeypatch.setattr(loading, "load_pipeline", lambda name: None)
     monkeypatch.setattr(model, "sample", sample)
     samples.main(["--out", str(tmp_path / "new" / "all.png"), "--seed", "5"])
     assert capsys.readouterr().out.endswith(

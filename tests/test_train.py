@@ -42,6 +42,7 @@ from training.folder import (
 )
 from training.latents import draw_timesteps, generators, stratum
 from training.run import Run
+from weights import loading, loras
 
 
 @pytest.fixture(scope="module")
@@ -342,9 +343,9 @@ def test_a_lora_is_trained_on_or_merged_before_training(argv, tmp_path, checkpoi
     assert errors[1] == pytest.approx(errors[0], rel=1e-4) != pytest.approx(errors[2], rel=1e-4)
 
     def unet(*loras) -> dict:
-        pipeline = model.load_pipeline(str(base))
+        pipeline = loading.load_pipeline(str(base))
         for path in loras:
-            model.fuse_lora(pipeline, str(path))
+            loras.fuse_lora(pipeline, str(path))
         return pipeline.unet.state_dict()
 
     moved = distance(unet(first), unet())
@@ -612,8 +613,8 @@ def test_a_half_precision_run_begins_with_all_digits_of_the_start(
     adapters, start, engines = tmp_path / "lora", weights(checkpoint()), []
     start_engine = train_inpo.start_engine
     train_inpo.main(argv(out=adapters, lora_rank=4))
-    pipeline = model.load_pipeline(str(checkpoint()))
-    model.fuse_lora(pipeline, str(adapters))
+    pipeline = loading.load_pipeline(str(checkpoint()))
+    loras.fuse_lora(pipeline, str(adapters))
     sums, merge = pipeline.unet.state_dict(), {"lora": adapters, "lora_start": "merge"}
     assert distance(sums, start) > 1e-4
 

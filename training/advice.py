@@ -6,9 +6,9 @@ Captions are those of the pairs that the plan has decoded, some 64 of all.
 from argparse import Namespace
 from collections.abc import Iterator
 
-import model
 from training import held_out, lora
 from training.recipes import recipe_of
+from weights import loading
 
 # As many as sd-scripts' examples of LoRA take. In docs/small_sets.md the loss on held-out pairs is
 # lowest at the first look, after 11.
@@ -63,7 +63,7 @@ def captions(args: Namespace, plan) -> Iterator[str]:
     if not texts:
         return
     try:
-        tokenizer = model.load_tokenizer(args.model)
+        tokenizer = loading.load_tokenizer(args.model)
     except Exception:  # of transformers and the hub; loading the pipeline will tell
         return
     tokens = tokenizer(texts, add_special_tokens=False).input_ids

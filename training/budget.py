@@ -364,7 +364,7 @@ def step_memory(
 
 
 def vae_dtype(plan, dtype: torch.dtype) -> torch.dtype:
-    """The VAE's, beside a UNet of dtype, as model.load_pipeline has it."""
+    """The VAE's, beside a UNet of dtype, as loading.load_pipeline has it."""
     overflows = plan.architecture == "sdxl" and plan.vae_config.get("force_upcast", True)
     return torch.float32 if overflows or dtype == torch.float32 else torch.float16
 

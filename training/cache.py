@@ -39,6 +39,7 @@ from sources.pictures import what_is_broken
 from system.files import UserError, replacing
 from system.lock import delete_unfinished
 from system.processes import code_version, is_main, on_main, together
+from weights.modules import second_encoder
 
 FILE = 16  # rows, or captions, of a file: few seconds of work, after which a signal is answered
 
@@ -119,7 +120,7 @@ def open_encoder(args: Namespace, plan, pipeline, run, engine, step: int) -> Liv
 
 
 def encoders(pipeline) -> list[torch.nn.Module]:
-    parts = pipeline.vae, pipeline.text_encoder, model.second_encoder(pipeline)
+    parts = pipeline.vae, pipeline.text_encoder, second_encoder(pipeline)
     return [part for part in parts if part is not None]
 
 

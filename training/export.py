@@ -47,6 +47,7 @@ from system.text import markdown, printable
 from training import card, lora
 from training.folder import list_result, read_metrics, read_record, read_result
 from training.plan import compute_dtype
+from weights import saving
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -139,7 +140,7 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
             elif kind == "unet":
                 unet.to(DTYPES[dtype]).save_pretrained(scratch, max_shard_size="1TB")  # one file
             else:
-                model.write_pipeline(pipeline.to(DTYPES[dtype]), scratch)
+                saving.write_pipeline(pipeline.to(DTYPES[dtype]), scratch)
             list_result(scratch, [file.name for file in scratch.iterdir()], step, of=source)
             (scratch / "README.md").write_text(text)
     except (OSError, SafetensorError) as error:  # a full disk raises one or the other

@@ -6,7 +6,7 @@ Switched off, the adapted UNet is the reference: no second copy of the weights. 
 
     from nothing             attach: B = 0, the start is the model itself
     from a LoRA, as it is    adopt: its A and B are trained on; the reference is the model without
-    from a LoRA, merged      model.fuse_lora, then attach: W takes alpha/r B A in, text encoders
+    from a LoRA, merged      loras.fuse_lora, then attach: W takes alpha/r B A in, text encoders
                              too; the reference is the model with it, and what `save` writes is to
                              be loaded on top of the merged model, not of the original one
 """
@@ -26,9 +26,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor
 
-import model
 from system.files import UserError
 from system.hub import lora_file, one_sentence
+from weights import loading, loras
 
 NAME = "default"  # of the adapter: peft's own default, as in the published scripts
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -47,9 +47,9 @@ def load_start(args: Namespace, dtype: torch.dtype) -> DiffusionPipeline:
 
     In half precision the UNet's weights are those in fp32, rounded once: what the policy's fp32
     master weights round to before the first step, and what the reference stays."""
-    pipeline = model.load_pipeline(args.model, args.unet, args.vae, dtype)
+    pipeline = loading.load_pipeline(args.model, args.unet, args.vae, dtype)
     if args.lora and args.lora_start == "merge":
-        model.fuse_lora(pipeline, args.lora)
+        loras.fuse_lora(pipeline, args.lora)
     elif args.lora:
         adopt(pipeline, args.lora)
     if args.lora_rank:
@@ -123,7 +123,7 @@ def check(path: str, start: str, model_name: str, architecture: str, unet_config
         parts |= {"safety_checker": None, "feature_extractor": None}
         pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipeline.register_to_config(_name_or_path=model_name)
-    model.load_lora(pipeline, path) if start == "merge" else adopt(pipeline, path)
+    loras.load_lora(pipeline, path) if start == "merge" else adopt(pipeline, path)
 
 
 def trainable(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -15,7 +15,6 @@ from deepspeed.accelerator import get_accelerator
 from scipy.special import bdtrc
 
 import data
-import model
 import toy
 from evaluation import scorers
 from evaluation.published import TOY
@@ -26,6 +25,7 @@ from system.workers import check_open_files, check_shared_memory
 from training import advice, budget, cache, folder, held_out, lora, preview
 from training.flags import check_flags
 from training.latents import count_cells, inversion_calls
+from weights import loading
 
 # -------------------------------------------------------------------------------------------------
 # ds_config.json: plain DeepSpeed, completed from the flags.
@@ -158,7 +158,7 @@ def check(args: argparse.Namespace) -> Plan:
 
     unet = read_config(args.unet or args.model, "unet")
     vae = read_config(args.vae or args.model, "vae")
-    timesteps = model.read_scheduler(args.model).config.num_train_timesteps
+    timesteps = loading.read_scheduler(args.model).config.num_train_timesteps
     strata = count_cells(args)
     if timesteps % strata:
         flag = "--inversion-steps" if args.method == "inpo" else "--strata"
@@ -202,7 +202,7 @@ def check(args: argparse.Namespace) -> Plan:
         ds_config=ds_config,
         dtype=compute_dtype(ds_config),
         architecture=architecture(args.model),
-        parameters=model.count_parameters(unet),
+        parameters=loading.count_parameters(unet),
         unet_config=unet,
         vae_config=vae,
         tokens=read_config(args.model, "text_encoder").get("max_position_embeddings", 77),

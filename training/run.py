@@ -24,7 +24,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-import model
 from evaluation import figures
 from system import checkpoint
 from system.files import UserError, is_full, replacing, write
@@ -45,6 +44,7 @@ from training.broken import BrokenPairs
 from training.guard import NonFiniteSteps, Watch
 from training.plan import Plan
 from training.preview import Preview
+from weights import saving
 
 PATIENCE, PAUSE = 30 * 60, 60  # seconds: how long the end waits for room; between two tries
 
@@ -291,7 +291,7 @@ class Run:
                 names = [LORA]
             else:
                 start = lora.load_start(self.args, torch.float32)
-                model.save_pipeline(start, weights, self.out)
+                saving.save_pipeline(start, weights, self.out)
                 names = ["model_index.json", *start.components]
             lines = folder.read_metrics(self.out)
             cost = budget.work_done(self.args, plan) | measured(lines, engine.device, memory)
@@ -404,4 +404,4 @@ def write_model(unet, weights: dict[str, torch.Tensor], target: Path):
     if lora.attached(unet):
         lora.save(weights, unet.peft_config[lora.NAME], target)
     else:
-        model.save_unet(dict(unet.config), weights, target)
+        saving.save_unet(dict(unet.config), weights, target)

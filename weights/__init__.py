@@ -1,0 +1,1 @@
+"""Readers and writers of models in the formats that people have. May import system and below."""
