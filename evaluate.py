@@ -22,6 +22,12 @@ JPEG files: in natural order file k shows prompt k mod P of the P of --prompts):
                        --prompts parti
     python evaluate.py --models ours=out/eval/images/parti/inpo theirs=pictures/parti
 
+A scorer is one of those below, a function of yours that takes pictures and prompts and gives a
+number for each (docs/judges.md), or none: then there are pictures and no scores:
+
+    python evaluate.py --models base=sdxl inpo=out/sdxl-inpo --prompts mine.txt \\
+                       --scorers mine.py:sharpness pickscore
+
 The first model is the baseline. Every model draws the same prompts from the same initial noise, so
 images pair up; a win rate is the share of pairs that a model wins. Each prompt has its own seed,
 shared by all models; one seed across prompts would correlate them, and make intervals too narrow.
@@ -39,7 +45,8 @@ same folder are refused. A table of other models is kept under its date. Under -
                        change_high}, ...], change: the mean difference from the first model,
                    win_rates: [{set, scorer, category, model, against, wins, losses, ties, n, rate,
                        low, high, published}, ...], category null: all images; published: in %,
-                   costs: {NAME: cost.json of the model's folder}}, low, high: 95 % intervals
+                   costs: {NAME: cost.json of the model's folder},
+                   functions: {SCORER: digest of its file} of yours}, low, high: 95 % intervals
     table.md       the same for people
     SET.png        rows: prompts, evenly spaced over the set; columns: models
 """
@@ -50,6 +57,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from evaluation import own
 from evaluation.published import PUBLISHED_SCORERS, TITLES, TOY
 from system.files import UserError, encoded, set_aside, write
 from system.hub import check_local
@@ -74,9 +82,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
              "(default: those of a folder of images drawn here, else toy for tiny models)")
     add("--limit", type=int, metavar="N",
         help="judge N prompts of each set, evenly spaced (default: all)")
-    add("--scorers", nargs="+", choices=TITLES, metavar="SCORER",
-        help=f"one or more of {', '.join(TITLES)} (default: {' '.join(TOY)} for toy captions, else "
-             f"{' '.join(PUBLISHED_SCORERS)})")
+    add("--scorers", nargs="+", type=own.choice(*TITLES, "none"), metavar="SCORER",
+        help=f"one or more of {', '.join(TITLES)} and FILE.py:FUNCTION, or none (default: "
+             f"{' '.join(TOY)} for toy captions, else {' '.join(PUBLISHED_SCORERS)})")
     add("--scorer-folder", type=Path, metavar="FOLDER",
         help="copies of the scorers' hub repositories, as FOLDER/owner/name (default: the hub)")
 
@@ -109,6 +117,9 @@ def check_flags(args: argparse.Namespace):
     for option, low in least.items():
         if getattr(args, option) is not None and getattr(args, option) < low:
             raise UserError(f"--{option.replace('_', '-')} must be at least {low}.")
+    args.scorers = args.scorers and own.distinct(args.scorers)
+    if "none" in (args.scorers or []) and len(args.scorers) > 1:
+        raise UserError("--scorers none: draws without scores; leave the other scorers out.")
 
 
 def name_models(texts: list[str]) -> dict[str, str]:
@@ -179,9 +190,16 @@ def check(args: argparse.Namespace) -> tuple[Found, list[str]]:
     sets = read_sets(args.prompts, given, set(families.values()) == {"tiny"})
     every = [prompt for prompts in sets for prompt in prompts.prompts]
     usual = TOY if set(every) <= set(toy.prompts()) else PUBLISHED_SCORERS
-    judges = list(dict.fromkeys(args.scorers or usual))
-    for scorer in judges:
-        scorers.check(scorer, every, args.scorer_folder)
+    judges = [scorer for scorer in args.scorers or usual if scorer != "none"]
+    try:
+        for scorer in judges:
+            scorers.check(scorer, every, args.scorer_folder)
+    except UserError as error:
+        if args.scorers:
+            raise
+        raise UserError(
+            f"{str(error)[:-1]}; or give --scorers none, for pictures alone."
+        ) from error
 
     found = {}
     for prompts in sets:
@@ -269,16 +287,17 @@ def draw(name: str, sources: list[Source]):
 def judge(scorer: str, folder: Path | None, found: Found) -> dict:
     """{prompt set: {model: a number per image}}."""
     judge = processes.together(lambda: scorers.load(scorer, folder, gallery.device()))
+    said = own.title(scorer)
     return {
         key: {
-            name: score(source.folder, source.manifest["images"], judge, f"{scorer} of {name}")
+            name: score(source.folder, source.manifest["images"], judge, f"{said} of {name}")
             for name, source in row.items()
         }
         for key, row in found.items()
     }
 
 
-def report(found: Found, judged: dict[str, dict], out: Path) -> dict:
+def report(found: Found, judged: dict[str, dict], out: Path, functions: dict[str, str]) -> dict:
     """Write and print what the docstring lists; judged: {scorer: {set: {model: numbers}}}."""
     models = {name: source.manifest for name, source in next(iter(found.values())).items()}
     keys = ("model", "base", "architecture", "size", "identity")
@@ -286,6 +305,7 @@ def report(found: Found, judged: dict[str, dict], out: Path) -> dict:
     results = {"models": {n: {key: m.get(key) for key in keys} for n, m in models.items()}}
     results |= {"sets": {}, "scores": [], "win_rates": []}
     results["costs"] = {name: cost for name, cost in costs.items() if cost}
+    results |= {"functions": functions} if functions else {}
     kept = {}
     for key, row in found.items():
         results["sets"][key] = gallery.shared([source.manifest for source in row.values()])
@@ -334,9 +354,9 @@ def run(args: argparse.Namespace) -> dict:
             free()
         judged = {}
         for scorer in judges:
-            judged[scorer] = judge(scorer, args.scorer_folder, found)
+            judged[own.title(scorer)] = judge(scorer, args.scorer_folder, found)
             free()
-        return processes.on_main(lambda: report(found, judged, args.out))
+        return processes.on_main(lambda: report(found, judged, args.out, own.digests(judges)))
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -15,6 +15,7 @@ one is refused where it would mix with what is there."""
 import argparse
 from pathlib import Path
 
+from evaluation import own
 from evaluation.published import TITLES
 from system.files import UserError
 from system.hub import check_local
@@ -112,8 +113,9 @@ def add_make(parser: argparse.ArgumentParser):
         help="pictures of which one pair is chosen")
     add("--rounds", type=int, default=1, metavar="N",
         help="pairs of each prompt, each from pictures of its own")
-    add("--judge", nargs="+", required=True, choices=TITLES, metavar="JUDGE",
-        help=f"one or more of {', '.join(TITLES)}: all must agree, the first one's margin counts")
+    add("--judge", nargs="+", required=True, type=own.choice(*TITLES), metavar="JUDGE",
+        help=f"one or more of {', '.join(TITLES)} and FILE.py:FUNCTION (docs/judges.md): all must "
+             "agree, the first one's margin counts")
     add_places(add)
     add("--first-seed", type=int, default=1_000_000, metavar="N",
         help="seed of the first picture, the next ones count up, and of the side that a winner "
@@ -132,7 +134,7 @@ def check_make(args: argparse.Namespace):
     for option, low in (least | {"guidance": 1, "batch": 1}).items():
         if getattr(args, option) is not None and getattr(args, option) < low:
             raise UserError(f"--{option.replace('_', '-')} must be at least {low}.")
-    args.judge = list(dict.fromkeys(args.judge))
+    args.judge = own.distinct(args.judge)
     for path in filter(None, (args.model, args.base)):
         check_local(path)
 
@@ -151,8 +153,9 @@ def add_score(parser: argparse.ArgumentParser):
     # fmt: off
     add = parser.add_argument
     add_source(add)
-    add("--judge", required=True, choices=TITLES, metavar="JUDGE",
-        help="that gives a probability: pickscore, hps, hps-v2.0, or the toy's preference")
+    add("--judge", required=True, type=own.choice(*TITLES), metavar="JUDGE",
+        help="that gives a probability: pickscore, hps, hps-v2.0, the toy's preference, or "
+             "FILE.py:FUNCTION that has log_odds (docs/judges.md)")
     add_places(add)
     # fmt: on
 

@@ -6,7 +6,7 @@
 preference and faithfulness are those of toy.py; aesthetic, pickscore, hps (v2.1), hps-v2.0 and clip
 are published networks. Their files come from the Hugging Face hub, or from FOLDER/owner/name/file
 where a folder of copies is given. Only safetensors and pickles of plain tensors are opened, so that
-no file can run code.
+no file can run code. FILE.py:FUNCTION is a function of the user's own, see own.py.
 
 Where this departs from the published scorers, and why:
 
@@ -35,9 +35,11 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import toy
+from evaluation import own
 from evaluation.published import TOY
 from system.files import UserError
 from system.hub import download, reason
+from system.processes import is_main
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_L = "openai/clip-vit-large-patch14"
@@ -314,14 +316,15 @@ def load(name: str, folder: Path | None = None, device="cpu") -> Callable:
     folder: holds copies of hub repositories as owner/name; what is not there comes from the hub.
     Transparency is dropped, not blended. An image scores the same alone and in a batch, up to
     rounding. Raises UserError."""
-    if name not in SCORERS:
+    if name not in SCORERS and not own.is_own(name):
         raise UserError(f"unknown scorer '{name}'; there are {', '.join(SCORERS)}.")
     try:
         if folder is not None and not Path(folder).is_dir():
             raise UserError(f"there is no folder '{folder}'; name one that holds owner/name.")
-        judge = SCORERS[name](folder, device)
+        judge = None if own.is_own(name) else SCORERS[name](folder, device)
     except UserError as error:
         raise UserError(f"scorer {name}: {error}") from error
+    judge = judge or own.load(name)
 
     @torch.no_grad()
     @torch.backends.cudnn.flags(
@@ -330,7 +333,8 @@ def load(name: str, folder: Path | None = None, device="cpu") -> Callable:
     def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
         if len(images) != len(prompts):
             raise UserError(f"scorer {name}: {len(images)} images, but {len(prompts)} prompts.")
-        return judge([image.convert("RGB") for image in images], prompts).tolist() if images else []
+        scores = judge([image.convert("RGB") for image in images], prompts) if images else []
+        return scores if isinstance(scores, list) else scores.tolist()
 
     return score
 
@@ -338,7 +342,15 @@ def load(name: str, folder: Path | None = None, device="cpu") -> Callable:
 def check(name: str, prompts: list[str], folder: Path | None = None) -> None:
     """Raises UserError for what would stop `load(name, folder)` or its scorer on these prompts.
 
-    It downloads what is missing, and compares names and shapes without reading a weight."""
+    It downloads what is missing, and compares names and shapes without reading a weight. A user's
+    own function, which may load what it likes, is called on rank 0 for two pictures."""
+    if own.is_own(name):
+        if is_main():
+            texts = toy.prompts()[:2]
+            drawn = [toy.draw(text, np.random.default_rng(0)) for text in texts]
+            score = load(name, folder)
+            score([picture.resize((512, 512)) for picture in drawn], (prompts + texts)[:2])
+        return
     load(name, folder, "meta")
     for prompt in prompts if name in TOY else []:
         try:

@@ -71,11 +71,12 @@ def table(results: dict) -> str:
     rates, parts = results["win_rates"], [f"# {', '.join(names)}\n"]
     for key, about in results["sets"].items():
         parts.append(f"{titles[key]}: {describe(about)}.\n")
-    parts.append("In brackets: 95 % intervals, over prompts.\n")
+    if results["scores"]:
+        parts.append("In brackets: 95 % intervals, over prompts.\n")
 
     if rates:
         columns = list(dict.fromkeys((r["set"], r["scorer"], None) for r in rates))
-        head = [f"{titles[s]}: {TITLES[scorer]}" for s, scorer, _ in columns]
+        head = [f"{titles[s]}: {TITLES.get(scorer, scorer)}" for s, scorer, _ in columns]
         parts += ["## Win rates\n", "Images that score higher than the other model's, in %.\n"]
         parts.append(rate_table(rates, names, dict(zip(head, columns, strict=True))))
         compared = [r["scorer"] for r in rates if r["published"] is not None]
@@ -83,8 +84,8 @@ def table(results: dict) -> str:
             note = f"In parentheses: published ({SOURCE}; {STEPS} steps, one image a prompt)."
             parts.append(f"{note} {HPS_CAVEAT}\n" if "hps" in compared else f"{note}\n")
 
-    parts.append("## Scores\n")
-    for key, title in titles.items():
+    parts += ["## Scores\n"] if results["scores"] else []
+    for key, title in titles.items() if results["scores"] else []:
         parts += [f"### {title}\n"] if len(titles) > 1 else []
         parts.append(score_table([r for r in results["scores"] if r["set"] == key], names))
 
@@ -94,7 +95,7 @@ def table(results: dict) -> str:
         for key, scorer in dict.fromkeys((r["set"], r["scorer"]) for r in grouped):
             some = [r for r in grouped if (r["set"], r["scorer"]) == (key, scorer)]
             columns = {f"{r['category']} ({r['n']})": (key, scorer, r["category"]) for r in some}
-            parts.append(f"### {titles[key]}: {TITLES[scorer]}\n")
+            parts.append(f"### {titles[key]}: {TITLES.get(scorer, scorer)}\n")
             parts.append(rate_table(some, names, columns))
         parts.append("In parentheses behind a category: its images.\n")
 
@@ -143,7 +144,7 @@ def score_table(records: list[dict], names: list[str]) -> str:
         some = [r for r in records if r["scorer"] == scorer]
         largest = max(abs(r["mean"]) for r in some)
         form = ".2f" if largest >= 10 else ".3f" if largest >= 1 else ".4f"
-        percent, title = scorer in PERCENT, TITLES[scorer]
+        percent, title = scorer in PERCENT, TITLES.get(scorer, scorer)
         head += [f"{title}, %", "change, points"] if percent else [f"{title}, mean", "median"]
         for r in some:
             ends = r["low"], r["high"]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from scipy.special import expit
 
+from evaluation import own
 from system.files import UserError, is_number
 
 # Per unit of margin, the log-odds that the picture with the higher score is preferred.
@@ -16,20 +17,26 @@ from system.files import UserError, is_number
 LOG_ODDS = {"pickscore": 1.0, "hps": 100.0, "hps-v2.0": 100.0, "preference": 20.0}
 
 
+def log_odds(judge: str) -> float | None:
+    """Of a judge; None where its margins only order pictures. Raises UserError."""
+    return own.log_odds(judge) if own.is_own(judge) else LOG_ODDS.get(judge)
+
+
 def probability(judge: str, margin: float) -> float:
     """The judge's probability that the first picture is preferred, sigmoid(log-odds), which is the
     softmax of its two scores; margin: the first one's score less the second's.
 
     Limit: 0.5 where both score the same."""
-    return float(expit(LOG_ODDS[judge] * margin))
+    return float(expit(log_odds(judge) * margin))
 
 
 def check_probability(judge: str):
     """UserError for a judge that has none."""
-    if judge not in LOG_ODDS:
+    if log_odds(judge) is None:
+        attribute = f"give it one as `{judge.split(':')[-1]}.log_odds = 1.0`, or "
         raise UserError(
-            f"--judge {judge} orders pictures, but gives no probability that one is preferred; "
-            f"take one of {', '.join(LOG_ODDS)}."
+            f"--judge {own.title(judge)} orders pictures, but gives no probability that one is "
+            f"preferred; {attribute * own.is_own(judge)}take one of {', '.join(LOG_ODDS)}."
         )
 
 

@@ -27,9 +27,9 @@ import pyarrow as pa
 import torch
 
 import toy
-from evaluation import gallery, models, prompts, scorers
+from evaluation import gallery, models, own, prompts, scorers
 from preparing import parts, table
-from preparing.judges import LOG_ODDS, judged, probability
+from preparing.judges import judged, log_odds, probability
 from system import hub, processes
 from system.files import UserError
 from system.lock import alone
@@ -79,8 +79,14 @@ def about_pictures(manifest: dict) -> dict:
     return about | {"images": hashlib.sha256(listed).hexdigest()[:16]}
 
 
+def names(args: Namespace) -> list[str]:
+    """Of the judges, in folders and columns."""
+    return [own.title(judge) for judge in args.judge]
+
+
 def about_pairs(args: Namespace, manifest: dict) -> dict:
-    about = {"command": "make", "judge": args.judge, "per_prompt": args.per_prompt}
+    about = {"command": "make", "judge": names(args), "per_prompt": args.per_prompt}
+    about |= own.digests(args.judge)
     about |= {"rounds": args.rounds, "first_seed": args.first_seed}
     libraries = ("torch", "diffusers")  # a file that is whole stays so under newer ones
     return about | {k: v for k, v in about_pictures(manifest).items() if k not in libraries}
@@ -96,7 +102,7 @@ def run(args: Namespace):
         if (place := processes.together(gallery.device)).type == "cuda":
             torch.cuda.set_device(place)
         manifest = processes.on_main(lambda: check(args))
-        about = about_pairs(args, manifest)
+        about = processes.on_main(lambda: about_pairs(args, manifest))
         if processes.on_main(lambda: table.is_written(args.out, about)):
             print0(f"{args.out} is complete.")
             return
@@ -131,8 +137,9 @@ def score(name: str, scorer_folder: Path | None, folder: Path, manifest: dict):
             scores += judged(judge, opened, [entry["prompt"] for entry in some], files)
         return scores
 
-    about = {"judge": name} | about_pictures(manifest)
-    parts.work_in_parts(folder / name, about, len(images), work, name)
+    said = own.title(name)
+    about = {"judge": said} | own.digests([name]) | about_pictures(manifest)
+    parts.work_in_parts(folder / said, about, len(images), work, said)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,24 +202,24 @@ def row_of(pair: Pair, args: Namespace, manifest: dict) -> dict:
         entry = manifest["images"][k]
         row[f"jpg_{i}"] = (pictures_of(args.out) / entry["file"]).read_bytes()
         row[f"seed_{i}"] = entry["seed"]
-    if args.judge[0] in LOG_ODDS:
+    if log_odds(args.judge[0]):
         row["strength"] = probability(args.judge[0], pair.margins[0])
-    row |= {f"margin_{j}": margin for j, margin in zip(args.judge, pair.margins, strict=True)}
+    row |= {f"margin_{j}": margin for j, margin in zip(names(args), pair.margins, strict=True)}
     return row | {"model": args.model}
 
 
 def finish(args: Namespace, manifest: dict, about: dict) -> str:
     """Write the pairs; what is said of them. Rank 0."""
     folder, pictures = pictures_of(args.out), len(manifest["images"])
-    scores = np.array([parts.read_parts(folder / judge, pictures) for judge in args.judge])
+    scores = np.array([parts.read_parts(folder / judge, pictures) for judge in names(args)])
     chosen, ties, disagreements = choose_pairs(scores, manifest["prompts"], args.per_prompt)
     every = len(chosen) + ties + disagreements
     without = f"without a pair: {ties} in which all pictures tie"
     without += f", {disagreements} on which the judges disagree" if len(args.judge) > 1 else ""
     if not chosen:
         raise UserError(f"there is no pair in {every:,} groups ({without}); raise --per-prompt.")
-    more = {"strength": pa.float64()} if args.judge[0] in LOG_ODDS else {}
-    more |= {f"margin_{judge}": pa.float64() for judge in args.judge}
+    more = {"strength": pa.float64()} if log_odds(args.judge[0]) else {}
+    more |= {f"margin_{judge}": pa.float64() for judge in names(args)}
     more |= {"seed_0": pa.int64(), "seed_1": pa.int64(), "model": pa.string()}
     table.write_pairs(args.out, (row_of(p, args, manifest) for p in chosen), more, about)
     each = f"{manifest['prompts']:,} prompts, {args.per_prompt} to choose a pair from"
@@ -220,7 +227,8 @@ def finish(args: Namespace, manifest: dict, about: dict) -> str:
     said += [f"{len(chosen):,} pairs in {args.out}; groups {without}"]
     for judge, margins in zip(args.judge, np.transpose([p.margins for p in chosen]), strict=True):
         low, middle, high = np.quantile(margins, [0.1, 0.5, 0.9])
-        odds = f", a probability of {probability(judge, middle):.2f}" if judge in LOG_ODDS else ""
-        said += [f"margin of {judge}: median {middle:.4g}{odds}; 80 % in {low:.4g} to {high:.4g}"]
+        odds = f", a probability of {probability(judge, middle):.2f}" if log_odds(judge) else ""
+        spread = f"median {middle:.4g}{odds}; 80 % in {low:.4g} to {high:.4g}"
+        said += [f"margin of {own.title(judge)}: {spread}"]
     said += [f"The pictures stay in {folder}; they may be deleted."]
     return "\n".join(said)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 
 import data
-from evaluation import gallery, scorers, winrate
+from evaluation import gallery, own, scorers, winrate
 from preparing import parts, table
 from preparing.judges import check_probability, judged, probability
 from sources.pictures import decode, what_is_broken
@@ -41,8 +41,8 @@ def check(args: Namespace) -> dict:
     check_probability(args.judge)
     scorers.check(args.judge, [], args.scorer_folder)
     rows = open_pairs(args)
-    about = {"command": "score", "judge": args.judge, "pairs": len(rows)}
-    return about | {"fingerprint": data.fingerprint(rows)}
+    about = {"command": "score", "judge": own.title(args.judge), "pairs": len(rows)}
+    return about | {"fingerprint": data.fingerprint(rows)} | own.digests([args.judge])
 
 
 def open_pairs(args: Namespace) -> Rows:
@@ -87,7 +87,7 @@ def score(args: Namespace, rows: Rows, folder: Path, about: dict):
             found |= {row: scores[2 * i : 2 * i + 2] for i, row in enumerate(whole)}
         return [found[row] for row in numbers]
 
-    parts.work_in_parts(folder, about, len(rows), work, args.judge)
+    parts.work_in_parts(folder, about, len(rows), work, own.title(args.judge))
 
 
 def read(pair: dict) -> tuple[list, str]:
@@ -134,7 +134,8 @@ def finish(args: Namespace, rows: Rows, folder: Path, about: dict) -> str:
     said = [f"{len(strengths):,} pairs in {args.out}"]
     if broken:
         said[0] += f"; {len(broken):,} broken ones are left out, see {listed(args.out)}"
-    said += [f"{args.judge} agrees with {agree.mean():.1%} [{low:.1%}, {high:.1%}] of the labels"]
+    share = f"{agree.mean():.1%} [{low:.1%}, {high:.1%}]"
+    said += [f"{own.title(args.judge)} agrees with {share} of the labels"]
     low, middle, high = np.quantile(strengths, [0.1, 0.5, 0.9])
     said += [f"strength: median {middle:.2f}; 80 % in {low:.2f} to {high:.2f}"]
     return "\n".join(said)

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from evaluation import own
 from evaluation.published import TITLES
 from system.files import UserError
 from system.hub import check_local, check_pairs
@@ -140,9 +141,10 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--keep", type=int, default=2, metavar="N", help="newest checkpoints to keep")
     add("--keep-every", type=int, default=0, metavar="N",
         help="keep the checkpoints of every N optimizer steps as well; 0: no")
-    add("--judge", choices=(*TITLES, "held-out", "none"),
-        help="scorer of the sample pictures, or held-out: the loss on those pairs; the model that "
-             "it likes best is kept in best/ (if not given: preference for --data toy, else none)")
+    add("--judge", type=own.choice(*TITLES, "held-out", "none"), metavar="SCORER",
+        help=f"scorer of the sample pictures: {', '.join(TITLES)}, or FILE.py:FUNCTION "
+             "(docs/judges.md); held-out: the loss on those pairs; none; the model that it likes "
+             "best is kept in best/ (if not given: preference for --data toy, else none)")
     add("--scorer-folder", metavar="FOLDER", type=Path,
         help="folder with copies of the scorer's hub repositories, as owner/name")
     add("--sample-prompts", metavar="FILE",

@@ -3,7 +3,8 @@ how a scorer likes them. Prompts are captions of the data unless others are give
 
     samples/step_000050.png     one row per prompt, columns for the start and the current model
     scores.jsonl                {step, scorer, mean, start, win_rate} per line: means over pictures,
-                                and the share of them that beat the start's, ties half
+                                and the share of them that beat the start's, ties half; function:
+                                the digest of the file of a scorer of one's own
     best.json, best/            the line with the highest mean above the start's, and its model
 
 Of --judge held-out, mean and start are minus the loss on the held-out pairs, win_rate its accuracy.
@@ -28,7 +29,7 @@ from PIL import Image
 
 import model
 import toy
-from evaluation import figures, prompts, scorers
+from evaluation import figures, own, prompts, scorers
 from evaluation.gallery import open_image
 from evaluation.published import TOY
 from system.files import (
@@ -148,14 +149,18 @@ class Preview:
         wins = (now > start).mean() + (now == start).mean() / 2
         means = {"mean": now.mean(), "start": start.mean(), "win_rate": wins}
         means = {name: float(value) for name, value in means.items()}
-        return self.add({"step": step, "scorer": self.name, **means})
+        line = {"step": step, "scorer": own.title(self.name), **means}
+        if own.is_own(self.name):
+            line["function"] = own.imported(self.name).digest
+        return self.add(line)
 
     def add(self, line: dict) -> tuple[dict, bool]:
         """Add a line to scores.jsonl. Returns it, and whether it is the best so far; rank 0."""
         file, step = self.out / "scores.jsonl", line["step"]
         lines = [one for one in read_log(file, is_score) if one["step"] < step]  # none of a crash
         write(file, "".join(json.dumps(one) + "\n" for one in [*lines, line]))
-        rivals = [one["mean"] for one in lines if one["scorer"] == line["scorer"]]  # it may change
+        who = [line.get(key) for key in ("scorer", "function")]  # it may change
+        rivals = [one["mean"] for one in lines if [one.get("scorer"), one.get("function")] == who]
         rivals += [line["start"]] if line["start"] is not None else []  # SFT has no reference
         return line, line["mean"] > max(rivals, default=-math.inf)
 
