@@ -56,7 +56,7 @@ from loss import inpo_loss, kto_loss, sft_loss, squared_error
 from model import Denoiser
 from system import processes
 from system.lock import alone
-from training import cache, card, folder, guard, held_out, lora, preview
+from training import cache, card, folder, guard, held_out, lora, preview, trackers
 from training.held_out import HeldOut
 from training.latents import draw_timesteps, generators, latents
 from training.plan import Plan, asked, check, describe
@@ -172,14 +172,15 @@ def start_engine(pipeline, args: Namespace, ds_config: dict):
         unet.compile()
         if reference is not None:
             reference.compile()
-    engine, *_ = deepspeed.initialize(
-        model=unet,
-        model_parameters=[weight for weight in unet.parameters() if weight.requires_grad],
-        config=ds_config,
-        lr_scheduler=lambda optimizer: LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / max(1, args.warmup))
-        ),
-    )
+    with trackers.starting(args.ds_config):
+        engine, *_ = deepspeed.initialize(
+            model=unet,
+            model_parameters=[weight for weight in unet.parameters() if weight.requires_grad],
+            config=ds_config,
+            lr_scheduler=lambda optimizer: LambdaLR(
+                optimizer, lambda step: min(1.0, (step + 1) / max(1, args.warmup))
+            ),
+        )
     guard.skip_nonfinite_steps(engine)
     pipeline.register_modules(unet=engine.module)
     pipeline.to(engine.device)
@@ -188,7 +189,7 @@ def start_engine(pipeline, args: Namespace, ds_config: dict):
     if adapters:
         return engine, lora.AdapterOff(engine)
     if engine.zero_optimization_stage() == 3:
-        frozen = {k: v for k, v in ds_config.items() if k not in ("optimizer", "tensorboard")}
+        frozen = {k: v for k, v in ds_config.items() if k not in ("optimizer", *trackers.MODULES)}
         reference, *_ = deepspeed.initialize(model=reference, config=frozen)
     return engine, reference.to(engine.device)
 

@@ -203,6 +203,64 @@ def trajectories(panels: list[dict], path: str | Path, title: str = "", columns:
 
 
 # --------------------------------------------------------------------------------------------------
+# Overlays: the curves of many runs over each other.
+
+STYLES = "-", "--", ":"
+
+
+def overlay(panels: list[dict], names: list[str], path: str | Path) -> None:
+    """Draw panels of curves into one PNG, with one legend for all: a colour and style per name.
+
+    A panel has "title", "y" (a label with its unit), "lines": {name: (steps, values)}, and perhaps
+    "limit": (value, its name), dashed, "smooth": whether a curve is the running mean over a tenth
+    of its points, and "log": whether the y axis is logarithmic. Curves may have different lengths;
+    few points are marked. Raises ValueError without a panel."""
+    from matplotlib.figure import Figure
+
+    if not panels:
+        raise ValueError("an overlay needs at least one panel.")
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    longest = max(len(printable(name)) for name in names)
+    across = max(1, min(len(names), 46 * columns // (longest + 6)))  # in a row of the legend
+    inches = 4.6 * columns, 3.2 * rows + 0.3 * math.ceil(len(names) / across)
+    figure = Figure(figsize=inches, layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).ravel()
+    handles = {}
+    for panel, axes in zip(panels, places[: len(panels)], strict=True):
+        for i, name in enumerate(names):
+            if name in panel["lines"]:
+                x, y = panel["lines"][name]
+                y = running_mean(y, max(1, len(y) // 10)) if panel.get("smooth") else y
+                look = {"color": f"C{i % 10}", "linestyle": STYLES[i // 10 % len(STYLES)]}
+                look["marker"] = "." if len(y) <= 30 else None
+                handles[name] = axes.plot(x, y, alpha=0.85, linewidth=1.6, **look)[0]
+        if limit := panel.get("limit"):
+            axes.axhline(limit[0], color=GREY, linestyle="--", linewidth=1, zorder=1)
+            where = {"xy": (1, limit[0]), "xycoords": ("axes fraction", "data")}
+            axes.annotate(limit[1], **where, fontsize=8, ha="right", va="bottom", color=GREY)
+        if panel.get("log"):
+            axes.set_yscale("log")
+        else:
+            axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+        axes.set_title(panel["title"], loc="left", fontsize=11, fontweight="bold")
+        axes.set_xlabel("optimizer step", fontsize=9)
+        axes.set_ylabel(panel["y"], fontsize=9)
+        axes.grid(color="#e6e6e6", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    shown = {name: handles[name] for name in names if name in handles}
+    place = {"loc": "outside upper center", "frameon": False, "ncols": across}
+    legend = figure.legend([*shown.values()], [printable(name) for name in shown], **place)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # "$" may be in a name
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+# --------------------------------------------------------------------------------------------------
 # Bars: what a whole is made of.
 
 

@@ -25,6 +25,7 @@ def ids(file: Path) -> str:
 def test_every_file_trains_in_its_own_precision(file, argv, tmp_path, half):
     train_inpo.main(argv(ds_config=file, lr=1e-3))
     first, second = metrics(tmp_path / "run")
+    assert ("loss_scale" in first) == ("fp16" in json.loads(file.read_text()))
     for side in ("winner", "loser"):  # the policy is the reference; but rounded to 8 or 11 bits ...
         assert first[f"err_{side}"] == pytest.approx(first[f"err_ref_{side}"], rel=2e-2)
     if "fp16" not in json.loads(file.read_text()):  # there the first steps find the loss scale

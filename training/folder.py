@@ -3,7 +3,8 @@
 run.json                the settings; the same command resumes, another one is refused
 card.json               what the model card says of the run
 metrics.jsonl           one line per optimizer step
-tensorboard/            the same values, through DeepSpeed's monitor
+tensorboard/, csv/      the same values, through DeepSpeed's monitors; see trackers.py
+wandb/, wandb.json      W&B's files; the id of the run there
 samples/                pictures of fixed prompts and seeds, the start beside the current model
 scores.jsonl, best/     how --judge likes these pictures, and the model that it liked best
 checkpoints/            of all ranks; see checkpoint.py
@@ -47,7 +48,8 @@ MAY_CHANGE |= {"prompts"}  # a run keeps those that it began with
 MAY_CHANGE |= {"recipe"}  # it picks other settings, which are recorded themselves
 MAY_CHANGE |= {"max_broken", "partial_data", "columns"}  # the data themselves have a fingerprint
 ENGINE = {"zero_optimization", "communication_data_type", "zero_force_ds_cpu_optimizer"}
-ENGINE |= {"tensorboard", "csv_monitor", "wandb", "steps_per_print", "wall_clock_breakdown"}
+ENGINE |= {"tensorboard", "csv_monitor", "wandb", "comet"}
+ENGINE |= {"steps_per_print", "wall_clock_breakdown"}
 KERNELS = {"torch_adam", "fused", "foreach"}
 # What run.json has beside the settings; it is known only once data and model have been read.
 FROM_INPUTS = {"data_fingerprint", "held_out_fingerprint", "start_identity"}

@@ -1,7 +1,6 @@
 """The plan of a run: what follows from the flags, and every check before weights are loaded."""
 
 import argparse
-import importlib
 import json
 import math
 import os
@@ -20,9 +19,9 @@ from evaluation import scorers
 from evaluation.published import TOY
 from sources import buckets
 from system.files import ROOT, UserError
-from system.hub import architecture, one_sentence, read_config
+from system.hub import architecture, read_config
 from system.workers import check_open_files, check_shared_memory
-from training import advice, budget, cache, folder, held_out, lora, preview
+from training import advice, budget, cache, folder, held_out, lora, preview, trackers
 from training.flags import check_flags
 from training.latents import count_cells, inversion_calls
 from weights import loading
@@ -73,11 +72,30 @@ def complete(config: dict, args: argparse.Namespace, accumulation: int) -> dict:
         )
     if zero["stage"] == 1 and zero.get("offload_optimizer", {}).get("device", "none") != "none":
         raise UserError(f"--ds-config {args.ds_config}: offload_optimizer needs ZeRO-2 or ZeRO-3.")
-    if config.get("tensorboard", {}).get("enabled"):
-        config["tensorboard"] |= {"output_path": str(args.out), "job_name": "tensorboard"}
+    for name, place in trackers.FOLDERS.items():
+        if name in config:
+            config[name] |= {"output_path": str(args.out), "job_name": place}
     if get_accelerator().device_name() == "cpu":
         config = {key: config[key] for key in config if key not in ("bf16", "fp16")}
     return config
+
+
+# What a configuration may hold of DeepSpeed's, and what decides instead.
+OVERRULED = {"scheduler": "--lr and --warmup", "optimizer.params.lr": "--lr"}
+OVERRULED |= {"train_batch_size": "--batch", "train_micro_batch_size_per_gpu": "--micro-batch"}
+OVERRULED |= {"gradient_accumulation_steps": "--batch"}
+OVERRULED |= {f"{x}.{y}": "--out" for x in trackers.FOLDERS for y in ("output_path", "job_name")}
+
+
+def ignored(file: str) -> Iterator[str]:
+    """A sentence for each key of the file that a flag overrules."""
+    config = read_ds_config(file)
+    for place, flag in OVERRULED.items():
+        node = config
+        for key in place.split("."):
+            node = node.get(key) if isinstance(node, dict) else None
+        if node is not None:
+            yield f"{place} of --ds-config {file} is ignored; {flag} decides."
 
 
 def find_auto(node: Any, place: str = "") -> str | None:
@@ -147,13 +165,14 @@ def check(args: argparse.Namespace) -> Plan:
     prompts, judge = preview.given_prompts(args), args.judge if args.sample_every else None
     if judge and judge != "held-out":
         scorers.check(judge, prompts or [], args.scorer_folder)
-    ds_config = complete(read_ds_config(args.ds_config), args, accumulation)
+    ds_config = read_ds_config(args.ds_config)
+    trackers.check(args.ds_config, ds_config)
+    ds_config = complete(ds_config, args, accumulation)
     if args.compile and ds_config["zero_optimization"]["stage"] == 3:
         raise UserError(
             f"--compile: under ZeRO-3 of {args.ds_config} a UNet falls into dozens of graphs; "
             "leave it out, or take another --ds-config."
         )
-    check_monitors(args, ds_config)
     folder.check_folder(args.out, asked(args))
 
     unet = read_config(args.unet or args.model, "unet")
@@ -262,21 +281,6 @@ def check_cache(args: argparse.Namespace, plan: Plan):
             f"{budget.in_words(size)}, and {args.out} has room for {budget.in_words(free)}; name "
             "another folder with --out, or leave the flag out."
         )
-
-
-MONITORS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "comet": "comet_ml"}
-
-
-def check_monitors(args: argparse.Namespace, ds_config: dict):
-    """Raises UserError for a monitor that is switched on, and whose library is not there."""
-    for name, module in MONITORS.items():
-        if (settings := ds_config.get(name, {})) and not isinstance(settings, dict):
-            raise UserError(
-                f'--ds-config {args.ds_config}: {name} must be an object, as {{"enabled": true}}.'
-            )
-        if settings.get("enabled"):
-            sentence = f"--ds-config {args.ds_config}: {name} is enabled, and cannot be imported"
-            one_sentence(lambda module=module: importlib.import_module(module), sentence)
 
 
 def ranks_here() -> int:
@@ -396,6 +400,7 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
 
 def warnings(args: argparse.Namespace, plan: Plan) -> Iterator[str]:
     """What runs, but perhaps not as its user thinks."""
+    yield from ignored(args.ds_config)
     if plan.broken:
         yield (
             f"{len(plan.broken)} of {plan.sampled} pairs are broken ({plan.broken[0]}); a run "

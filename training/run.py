@@ -39,7 +39,7 @@ from system.processes import (
     shares_folder,
 )
 from system.text import printable
-from training import budget, cache, card, folder, lora
+from training import budget, cache, card, folder, lora, trackers
 from training.broken import BrokenPairs
 from training.guard import NonFiniteSteps, Watch
 from training.plan import Plan
@@ -70,6 +70,8 @@ class Run:
         self.preview, self.held_out = Preview(args, record["prompts"]), None
         agree(record)  # it has the model's identity, too
         on_main(lambda: folder.claim(self.out, record, facts))
+        on_main(lambda: trackers.set_variables(self.out, record["ds_config"]))
+        self.trackers = trackers.Trackers(self.out, self.print_above_bar)
         shares_folder(self.out)
 
     # ----- metrics
@@ -113,18 +115,19 @@ class Run:
             "pairs_per_second": self.args.batch / (now - self.clock),
             "waiting": values[-1] / (now - self.clock),
         }
+        if engine.fp16_enabled():
+            line["loss_scale"] = float(engine.optimizer.loss_scale)
         self.clock, self.lr = now, engine.get_lr()[0]
         if is_main():
-            self.write(engine, line)
+            self.write(line)
         if warning := self.broken.after_step(step + 1, line["broken_pairs"]):
             print0(f"Warning: {warning}", file=sys.stderr)
         self.nonfinite.after_step(step + 1, engine)
 
-    def write(self, engine, line: dict):
+    def write(self, line: dict):
         self.pending += json_line(line)
         self.warn_if_disk_full("metrics.jsonl", self.append)
-        shown = {f"train/{key}": value for key, value in line.items() if value is not None}
-        self.monitor(engine, shown, line["step"])
+        self.trackers.note(trackers.named(line), line["step"])
         for sentence in self.watch(line):
             self.print_above_bar(f"Warning: {sentence}")
         shown = {"loss": "loss", "acc": "implicit_accuracy"}
@@ -135,17 +138,6 @@ class Run:
         """Write this step's line, and those that a full disk kept back."""
         folder.append_metrics(self.out, self.pending)
         self.pending = ""
-
-    def monitor(self, engine, values: dict, step: int):
-        """TensorBoard and the other monitors of ds_config.json; rank 0."""
-        events = [(name, value, step) for name, value in values.items() if name != "train/step"]
-        try:
-            engine.monitor.write_events(events)
-        except Exception as error:
-            self.print_above_bar(
-                f"Warning: a monitor failed ({error}) and is off now; metrics.jsonl has all values."
-            )
-            engine.monitor.write_events = lambda events: None
 
     def warn_if_disk_full(self, name: str, action: Callable[[], None]):
         """action(); an OSError, as of a full disk, is printed as a warning; rank 0."""
@@ -162,13 +154,15 @@ class Run:
 
     def show(self, engine, pipeline, step: int):
         """Export and draw where `step` is due: after its checkpoint, so that a signal to stop does
-        not have to wait for them. A run that resumes at `step` does both again."""
+        not have to wait for them. A run that resumes at `step` does both again. Then the step is
+        shown by the trackers."""
         if step and due(step, self.args.export_every, self.args.steps):
             self.export(engine, self.out / "unets" / f"step_{step:06d}")
         if step and self.held_out and due(step, self.args.sample_every or step, self.args.steps):
             self.look(engine, step)
         if due(step, self.args.sample_every, self.args.steps):
             self.sample(engine, pipeline, step)
+        self.trackers.flush()
 
     def sample(self, engine, pipeline, step: int):
         """Draw pictures; keep the model whose pictures --judge likes best."""
@@ -176,6 +170,9 @@ class Run:
         eager = torch.compiler.set_stance("force_eager")  # each other shape would be compiled
         with cache.encoders_on(pipeline, engine.device), eager:
             scores, best = self.preview.draw(pipeline, step, stop)
+        picture = self.out / "samples" / f"step_{step:06d}.png"
+        if is_main() and picture.exists():
+            self.trackers.note({trackers.SAMPLES: picture}, step)
         self.keep_best(engine, scores, best)
         self.clock += time.monotonic() - clock  # drawing is not training
 
@@ -185,9 +182,10 @@ class Run:
         found, scores, best = self.held_out.measure(stop), None, False
         start = found.pop("start")
         if is_main():
-            self.pending += json_line({"step": step, **{f"held_out_{k}": found[k] for k in found}})
+            line = {"step": step, **{f"held_out_{key}": found[key] for key in found}}
+            self.pending += json_line(line)
             self.warn_if_disk_full("metrics.jsonl", self.append)
-            self.monitor(engine, {f"held_out/{key}": found[key] for key in found}, step)
+            self.trackers.note(trackers.named(line), step)
             if self.args.judge == "held-out" and math.isfinite(found["loss"]):
                 means = {"mean": -found["loss"], "start": None if start is None else -start}
                 scores = {"step": step, "scorer": "held-out", **means}
@@ -200,9 +198,7 @@ class Run:
     def keep_best(self, engine, scores: dict | None, best: bool):
         """Show the judge's scores; where they are the best, keep the model (collective)."""
         if is_main() and scores:
-            shown = {f"judge/{key}": scores[key] for key in ("mean", "start", "win_rate")}
-            shown = {name: value for name, value in shown.items() if value is not None}
-            self.monitor(engine, shown, scores["step"])
+            self.trackers.note(trackers.judged(scores), scores["step"])
         if best:
             weights = full_weights(engine)
             if is_main():
@@ -261,6 +257,8 @@ class Run:
             unet = lora.load_start(self.args, torch.float32).unet
             checkpoint.set_master_weights(engine, unet.state_dict())
         on_main(lambda: folder.drop_metrics(self.out, start))
+        if is_main():
+            self.trackers.resume(engine.monitor, start)
         self.broken.count = on_main(lambda: self.broken.resume(folder.read_metrics(self.out)))
         options = {"desc": self.out.name, "unit": "step", "total": self.args.steps}
         self.bar = tqdm(**options, initial=start, disable=not is_main())
