@@ -9,6 +9,7 @@ The hub is huggingface.co, or what HF_ENDPOINT names. Nothing here takes long to
 
 import os
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from system.files import ROOT, UserError, expanded, read_json
 
@@ -162,6 +164,19 @@ def file_kind(path: Path) -> str:
 def lora_file(path: str) -> str:
     """A LoRA's file: itself, or the one in a folder or hub repository. Raises UserError."""
     return path if path.endswith(".safetensors") else str(find(path, "LoRA", LORA)[0])
+
+
+def repository(text: str) -> str:
+    """argparse's type of OWNER/NAME."""
+    try:
+        validate_repo_id(text)
+        owner, name = text.split("/")
+    except ValueError as error:  # also the library's own
+        raise ArgumentTypeError(
+            f"'{text}' is no repository of the hub; name one as OWNER/NAME, each of letters, "
+            "digits, _ . and -, with neither - nor . at an end, nor -- or .. inside"
+        ) from error
+    return text
 
 
 def check_pairs(source: str):

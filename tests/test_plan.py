@@ -296,13 +296,16 @@ def test_the_card_names_the_unet_that_training_started_from(argv, checkpoint, tm
     assert f"LoRA adapters for the UNet of `{base}`, fine-tuned by" in card.render(adapters, [])
 
 
-@pytest.mark.parametrize("path", ["a, b.parquet", "a: [b].parquet", "# 'a' \"b\".parquet"])
-def test_the_front_matter_of_the_card_holds_any_path(path, argv):
-    front = card.render(card_of(argv(data=path, lora_rank=2)), []).split("---\n")[1]
-    assert yaml.safe_load(front)["datasets"] == [path]
-    assert yaml.safe_load(front)["tags"] == [
-        "inpo", "preference-alignment", "text-to-image", "lora",
-    ]  # fmt: skip
+@pytest.mark.parametrize("text", ["a, b/c.parquet", "a: [b]", "# 'a' \"b\"", "- x\n---\ny: 1"])
+def test_the_front_matter_of_the_card_holds_any_prompt_and_no_path(text, argv):
+    record, widget = (
+        card_of(argv(data=text, lora_rank=2)),
+        {"text": text, "output": {"url": "a.png"}},
+    )
+    front = yaml.safe_load(card.render(record, [], [widget]).split("\n---\n")[0])
+    assert front["widget"] == [widget] and not front.keys() & {"datasets", "base_model"}
+    tags = ["inpo", "preference-alignment", "text-to-image", "lora", "template:sd-lora"]
+    assert front["tags"] == tags and front["library_name"] == "diffusers"
 
 
 @pytest.mark.parametrize("subfolder", [None, "unet"])

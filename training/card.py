@@ -1,7 +1,12 @@
-"""The model card: README.md of an aligned model. How it was made, on what, how training went."""
+"""The model card: README.md of an aligned model. How it was made, on what, how training went.
+
+Its YAML is what the hub takes: a start or data that are only on this machine are not named in it,
+since there they would be broken links. `public` hides the folders of this machine in the rest."""
 
 import argparse
 import math
+import os
+import re
 import shlex
 import sys
 from importlib.metadata import version
@@ -10,8 +15,8 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from system import hub
-from system.files import UserError, read_json
-from system.text import code, markdown, printable
+from system.files import ROOT, UserError, expanded, read_json
+from system.text import code, markdown
 
 METHODS = {
     "inpo": "DDIM-InPO (Lu et al., CVPR 2025, arXiv 2503.18454): the latents of winner and loser\n"
@@ -20,6 +25,9 @@ METHODS = {
     "kto": "Diffusion-KTO (arXiv 2404.04465) on liked and disliked pictures",
     "sft": "supervised fine-tuning on the preferred pictures",
 }
+# Of those starts whose licence passes on to what is trained from them, as their cards name it.
+LICENSES = {hub.PRESETS["sdxl"]: "openrail++", hub.PRESETS["sd15"]: "creativeml-openrail-m"}
+STARTS = ("base_model", "unet", "merged")
 
 
 def facts(args: argparse.Namespace, asked: dict, adapters: bool, pairs: int, world: int) -> dict:
@@ -27,7 +35,7 @@ def facts(args: argparse.Namespace, asked: dict, adapters: bool, pairs: int, wor
     names = hub.PRESETS | {"tiny": "assets/tiny-sdxl"}
     argv = [word for word in sys.argv if not word.startswith("--local_rank")]
     versions = [f"{name} {version(name)}" for name in ("torch", "deepspeed", "diffusers")]
-    return {
+    record = {
         "title": f"{Path(args.model).name}-{args.method}" + ("-lora" if adapters else ""),
         "method": args.method,
         "base_model": names.get(args.model, args.model),
@@ -41,6 +49,38 @@ def facts(args: argparse.Namespace, asked: dict, adapters: bool, pairs: int, wor
         "recipe": {k.replace("_", "-"): v for k, v in asked.items() if k != "ds_config"},
         "versions": f"{', '.join(versions)}, {world} rank(s)",
     }
+    named = [*argv, *asked.values(), *record.values()]
+    texts = {value for value in named if isinstance(value, str) and "/" in value}
+    return record | {"local": sorted(filter(is_here, texts))}
+
+
+def is_here(text: str) -> bool:
+    """Whether a file or folder of this machine has that name, here or beside train_inpo.py."""
+    return any(map(os.path.exists, (expanded(text), os.path.join(ROOT, text))))
+
+
+def is_local(text: str, record: dict) -> bool:
+    """Whether that is a path of the machine that trained, or can be one."""
+    if "/" not in text:
+        return False
+    return text in record["local"] or is_here(text) or not re.fullmatch(hub.HUB_ID, text)
+
+
+def public(record: dict) -> dict:
+    """The facts without folders of the machine that trained: of its paths the last part is left."""
+
+    def hide(text: str) -> str:
+        return f".../{Path(text).name}" if is_local(text, record) else text
+
+    def hide_value(word: str) -> str:  # of a command line: FLAG, VALUE or FLAG=VALUE
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        return flag + equals + hide(value)
+
+    launcher, program, *words = shlex.split(record["command"]) + [""]
+    command = [launcher, Path(program).name, *map(hide_value, filter(None, words))]
+    told = {key: record[key] and hide(record[key]) for key in (*STARTS, "data")}
+    told["recipe"] = {k: hide(v) if isinstance(v, str) else v for k, v in record["recipe"].items()}
+    return record | told | {"command": shlex.join(command)}
 
 
 def read(file: Path, fix: str) -> dict:
@@ -52,7 +92,7 @@ def read(file: Path, fix: str) -> dict:
     whole = whole and all(value is None or isinstance(value, str) for value in perhaps)
     if not whole or type(record.get("pairs")) is not int or type(record.get("recipe")) is not dict:
         raise UserError(f"{file} is damaged; {fix}.")
-    return dict.fromkeys(("unet", "unet_subfolder", "merged")) | record
+    return dict.fromkeys(("unet", "unet_subfolder", "merged")) | {"local": []} | record
 
 
 def loading(record: dict) -> str:
@@ -68,7 +108,18 @@ def loading(record: dict) -> str:
     if record["merged"]:
         python += f"pipeline.load_lora_weights({quoted(record['merged'])})\n"
         python += "pipeline.fuse_lora()\npipeline.unload_lora_weights()\n"
-    return f"{python}pipeline.load_lora_weights(FOLDER)"
+    place = quoted(record["place"]) if "place" in record else "FOLDER"
+    return f"{python}pipeline.load_lora_weights({place})"
+
+
+def loading_all(record: dict, kind: str) -> str:
+    """The Python that loads what is at record["place"]: a "pipeline", or a "unet" into its base."""
+    python, place = "import diffusers\n\n", quoted(record["place"])
+    if kind == "pipeline":
+        return f"{python}pipeline = diffusers.DiffusionPipeline.from_pretrained({place})"
+    python += f"unet = diffusers.UNet2DConditionModel.from_pretrained({place})\n"
+    base = quoted(record["base_model"])
+    return f"{python}pipeline = diffusers.DiffusionPipeline.from_pretrained({base}, unet=unet)"
 
 
 def quoted(path: str) -> str:
@@ -97,8 +148,27 @@ def rows(values: dict) -> str:
     )
 
 
-def render(record: dict, lines: list[dict]) -> str:
-    """The card. record: of `facts`. lines: of metrics.jsonl, averaged over the last tenth."""
+def front_matter(record: dict, widget: list[dict]) -> str:
+    """The YAML that the hub reads; widget: pictures with their prompts."""
+    given = [record[key] for key in STARTS if record[key]]
+    starts = [name for name in given if "/" in name and not is_local(name, record)]
+    told: dict = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if starts:
+        told["base_model"] = starts[0] if len(starts) == 1 else starts
+        told["base_model_relation"] = "adapter" if record["adapters"] else "finetune"
+    if len(given) == 1 and given[0] in LICENSES:
+        told["license"] = LICENSES[given[0]]
+    if "/" in record["data"] and not is_local(record["data"], record):
+        told["datasets"] = [record["data"]]
+    tags = [record["method"], "preference-alignment", "text-to-image"]
+    tags += ["lora", "template:sd-lora"] if record["adapters"] else []
+    widget = {"widget": widget} if widget else {}
+    return ModelCardData(**told, tags=tags, **widget).to_yaml()
+
+
+def render(record: dict, lines: list[dict], widget: list[dict] = (), shown: str = "") -> str:
+    """The card. record: of `facts`. lines: of metrics.jsonl, averaged over the last tenth. widget:
+    see `front_matter`. shown: Markdown that follows how to load the model."""
     last = lines[-max(1, len(lines) // 10) :]
     names = [name for name in last[-1] if name != "step"] if last else []
     logged = {name: [line[name] for line in last if name in line] for name in names}
@@ -107,23 +177,16 @@ def render(record: dict, lines: list[dict]) -> str:
         for name, values in logged.items()
         if all(isinstance(value, float) and math.isfinite(value) for value in values)
     }
-    tags = [record["method"], "preference-alignment", "text-to-image"]
-    front = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        base_model=printable(record["base_model"]),
-        datasets=[printable(record["data"])],
-        tags=[*tags, "lora"] if record["adapters"] else tags,
-    )
+    shown = shown and f"{shown}\n\n"
     return f"""---
-{front.to_yaml()}
+{front_matter(record, list(widget))}
 ---
 
 # {markdown(record["title"])}
 
 {origin(record)}
 
-{code(record["command"], "")}
+{shown}{code(record["command"], "")}
 
 ## Recipe
 

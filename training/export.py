@@ -4,11 +4,14 @@
     python -m training.export out/sdxl-inpo/checkpoints/step_000200         # this one
     python -m training.export out/sdxl-inpo --to unet --dtype fp16          # UNet alone, half size
     python -m training.export out/sdxl-lora --to pipeline --out sdxl-mine   # adapters merged
+    python -m training.export out/sdxl-inpo --upload me/sdxl-inpo --private # to the hub
 
 Writes a diffusers pipeline, a UNet folder or a LoRA file (pytorch_lora_weights.safetensors), with a
 model card; the folder is complete or absent, and the same command again leaves it alone. Weights
 are the fp32 master weights, rounded once; all else is the model that the run started from.
-Checkpoints are pickles: open only those of your own runs.
+--upload sends the model, its card, curves and sample pictures to the hub (HF_ENDPOINT names another
+server): of a finished run the model in its folder, unless --to, --dtype or --out ask for an export;
+also of RUN/best and RUN/unets/step_*. Checkpoints are pickles: open only those of your own runs.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import glob
 import shutil
 from pathlib import Path
 
+from system.hub import repository
 from system.program import Parser, reported
 
 
@@ -28,7 +32,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="(if not given: lora for a LoRA run, else pipeline)")  # fmt: skip
     add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the weights")
     add("--out", type=Path, help="(if not given: exports/ in the run's folder)", metavar="FOLDER")
-    return parser.parse_args(argv)
+    add("--upload", type=repository, metavar="OWNER/NAME",
+        help="send it to this repository of the hub, made where there is none")  # fmt: skip
+    add("--private", action="store_true", help="of --upload: only its owner sees it")
+    args = parser.parse_args(argv)
+    if args.private and not args.upload:
+        parser.error("--private: has no meaning without --upload OWNER/NAME")
+    return args
 
 
 if __name__ == "__main__":
@@ -44,7 +54,7 @@ import model
 from system import checkpoint
 from system.files import UserError, replacing
 from system.text import markdown, printable
-from training import card, lora
+from training import card, lora, upload
 from training.folder import list_result, read_metrics, read_record, read_result
 from training.plan import compute_dtype
 from weights import saving
@@ -151,8 +161,23 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
 def main(argv: list[str] | None = None):
     args = parse(argv)
     with reported("training.export"):
+        if args.upload:
+            share(args)
+            return
         out = export(args.path, args.to, args.dtype, args.out)
     print(f"Wrote {printable(str(out))}.")
+
+
+def share(args: argparse.Namespace):
+    """Upload the model that a folder is, or the export of a checkpoint."""
+    there = upload.lying_in(args.path)
+    whole = there and args.to in (None, there.kind) and args.dtype == "fp32" and not args.out
+    path = None if whole else find(args.path.resolve())
+    upload.facts(there.run if whole else path.parent.parent)  # raises, before the hub is asked
+    private = upload.prepare(args.upload, args.private)
+    if not whole:
+        there = upload.exported(export(path, args.to, args.dtype, args.out), path)
+    print(f"It is at {upload.send(there, args.upload, private)}.")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 how a scorer likes them. Prompts are captions of the data unless others are given.
 
     samples/step_000050.png     one row per prompt, columns for the start and the current model
+    samples/model_000050_00.png ...    the current model's pictures of these rows, one by one
     scores.jsonl                {step, scorer, mean, start, win_rate} per line: means over pictures,
                                 and the share of them that beat the start's, ties half; function:
                                 the digest of the file of a scorer of one's own
@@ -140,6 +141,9 @@ class Preview:
         rows = [list(row) for row in zip(*columns.values(), strict=True)][:ROWS]
         picture = figures.grid(rows, self.prompts[:ROWS], list(columns))
         picture.save(self.out / "samples" / f"step_{step:06d}.png")
+        for i, image in enumerate(images[:ROWS] if step else []):
+            with replacing(self.out / "samples" / f"model_{step:06d}_{i:02d}.png") as scratch:
+                image.save(scratch, "PNG")
 
     def compare(self, step: int, images: list[Image.Image]) -> tuple[dict | None, bool]:
         """Score the pictures and the start's, see `add`."""
