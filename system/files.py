@@ -19,6 +19,7 @@ from pathlib import Path
 from system.text import printable
 
 ROOT = Path(__file__).parents[1]  # the folder of train_inpo.py
+os.umask(UMASK := os.umask(0o077))  # it can be read by setting it alone
 
 # -------------------------------------------------------------------------------------------------
 # Mistakes.
@@ -155,10 +156,13 @@ def encoded(text: str) -> bytes:
 
 
 def sync_all(path: Path):
-    """`sync` of a file, or of a folder and all that is in it."""
-    for inside in path.rglob("*"):
+    """`sync` of a file, or of a folder and all that is in it. Files get the mode that the umask
+    asks for: safetensors makes its own 0600, which nobody else may read."""
+    for inside in [*path.rglob("*"), path]:
+        if inside.is_file() and not inside.is_symlink():
+            with contextlib.suppress(PermissionError):  # some file systems have no modes
+                inside.chmod(inside.stat().st_mode | 0o666 & ~UMASK)
         sync(inside)
-    sync(path)
 
 
 def sync(path: Path):

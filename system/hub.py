@@ -34,6 +34,7 @@ PRESETS = {
 }
 ARCHITECTURES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
 LORA = "pytorch_lora_weights.safetensors"
+KOHYA_LORA = "comfyui_lora.safetensors"  # of a folder with both, diffusers takes LORA
 FILES = "safetensors parquet jsonl json csv tsv tar".split()
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*" + "".join(rf"(?<!\.{suffix})" for suffix in FILES)
 PICKAPIC, MIRROR = "yuvalkirstain/pickapic_v2", "liuhuohuo2/pick-a-pic-v2"

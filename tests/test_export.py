@@ -70,7 +70,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def described(file: Path) -> dict:
     """The metadata of a LoRA file, without the order of its lists, which are sets in peft."""
     with safe_open(file, "pt") as content:
-        found = json.loads(content.metadata()["lora_adapter_metadata"])
+        metadata = content.metadata()
+    found = json.loads(metadata.get("lora_adapter_metadata", json.dumps(metadata)))
     return {k: sorted(v) if isinstance(v, list) else v for k, v in found.items()}
 
 
@@ -111,12 +112,12 @@ def test_the_export_of_the_last_checkpoint_is_what_the_run_wrote(
         if file.name == "result.json":  # it lists cost.json and curves.png of a run, too
             there, ours = (json.loads((f / file).read_text())["files"] for f in (runs / name, out))
             assert ours.items() <= there.items()
-        elif file.name == hub.LORA:
+        elif file.name in (hub.LORA, hub.KOHYA_LORA):
             assert described(out / file) == described(runs / name / file)
             assert same(load_file(out / file), load_file(runs / name / file))
         else:
             assert (out / file).read_bytes() == (runs / name / file).read_bytes(), file
-    parts = {hub.LORA}
+    parts = {hub.LORA, hub.KOHYA_LORA}
     if name == "full":
         parts = {"model_index.json", "unet", "vae", "text_encoder", "text_encoder_2", "scheduler"}
         parts |= {"tokenizer", "tokenizer_2"}
@@ -139,6 +140,7 @@ def test_half_precision_is_the_fp32_export_rounded_once(name, kind, runs, tmp_pa
     for flag, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
         half = tensors(write(tmp_path, runs / name, f"--to={kind}", f"--dtype={flag}"))
         rounded = {k: w.to(dtype) if w.is_floating_point() else w for k, w in whole.items()}
+        rounded |= {k: w for k, w in whole.items() if k.startswith(hub.KOHYA_LORA)}  # always fp16
         assert same(half, rounded)
         assert all(half[k].dtype == w.dtype for k, w in rounded.items())
 

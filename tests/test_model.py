@@ -291,7 +291,7 @@ def as_kohya(weights, alpha=8.0):
     renamed = {}
     for key, weight in weights.items():
         place, end = key.split(".lora_")
-        place = "lora_" + place.replace(".", "_")
+        place = "lora_" + place.replace(".", "_").replace("text_encoder", "te")
         renamed[f"{place}.lora_{'down' if end[0] == 'A' else 'up'}.weight"] = weight
         renamed[f"{place}.alpha"] = torch.tensor(alpha)
     return renamed
@@ -406,11 +406,6 @@ def of_another_model(weights):
     return {key.replace("unet.", "transformer."): weight for key, weight in weights.items()}
 
 
-def dora(weights):
-    key = min(key for key in weights if "unet" in key and "_A" in key)
-    return weights | {key.replace("lora_A.weight", "dora_scale"): torch.ones(16)}
-
-
 def misshapen(weights):
     return {key: w[:, 1:].contiguous() if "_A" in key else w for key, w in weights.items()}
 
@@ -424,14 +419,16 @@ MISFITS = {
     "stray text": (stray(TEXT_LAYER, 16), f"{TEXT_LAYER}.lora_A.weight has no counterpart"),
     "stray of another trainer": (
         lambda weights: as_kohya(stray(LAYER, 32)(weights)),
-        "lora_unet_down_blocks_9_attentions_0_to_q.lora_down.weight has no counterpart",
+        "lora_unet_down_blocks_9_attentions_0_to_q.alpha has no counterpart",
     ),
-    "halved": (halved, ".lora_B.weight has no counterpart"),
+    "halved": (halved, ".lora_A.weight has no counterpart"),
     "of another model": (of_another_model, "transformer.down_blocks."),
-    "dora": (dora, ".dora_scale has no counterpart"),
-    "misshapen": (misshapen, "size mismatch for down_blocks."),
+    "misshapen": (misshapen, ".lora_A.weight is (4, "),
     "undefined": (lambda weights: {key: w / 0 for key, w in weights.items()}, "NaN"),
-    "a whole UNet": (lambda _: {"conv_in.weight": torch.zeros(2)}, "Invalid LoRA checkpoint"),
+    "a whole UNet": (
+        lambda _: {"conv_in.weight": torch.zeros(2)},
+        "conv_in.weight is no tensor of a LoRA",
+    ),
 }
 
 
@@ -450,7 +447,7 @@ def test_a_lora_that_does_not_fit_is_refused_with_a_key(checkpoint, lora, tmp_pa
 def test_a_lora_or_unet_of_another_architecture_is_refused(checkpoint, lora, kinds):
     made_for, base = map(checkpoint, kinds)
     sentence = refusal(loading.load_any, str(lora(kinds[0])[0]), str(base))
-    assert "does not fit" in sentence and "attn2.to_k.lora_A" in sentence
+    assert "does not fit" in sentence and ".lora_A.weight " in sentence
     assert "does not read the text of" in refusal(loading.load_any, f"{made_for}/unet", str(base))
 
 

@@ -19,6 +19,7 @@ from conftest import distance, refusal
 
 import train_inpo
 from lab import architectures
+from system import hub
 from system.files import UserError
 from training import budget, card, lora, plan
 from training.flags import parse
@@ -172,8 +173,9 @@ def test_disk_is_what_a_run_leaves(stage, half, rank, argv, ds_config, tmp_path,
     ]  # fmt: skip
     train_inpo.main(command)
     out = tmp_path / "run"
-    unets, written = out / "unets", out / ("pytorch_lora_weights.safetensors" if rank else "unet")
-    written = written.stat().st_size if rank else bytes_of(written)
+    unets, names = out / "unets", (hub.LORA, hub.KOHYA_LORA)
+    lora_files = sum((out / name).stat().st_size for name in names if rank)
+    written = lora_files if rank else bytes_of(out / "unet")
     found = 2 * bytes_of(out / "checkpoints"), bytes_of(unets), written
     for real, said in zip(found, parts.values(), strict=True):
         assert said <= real < 1.12 * said  # names and shapes count much in a small model
@@ -384,7 +386,7 @@ def test_a_lora_that_does_not_fit_is_refused_before_weights_are_loaded(
     other = loading.load_unet(str(checkpoint("sd15" if kind == "sdxl" else "sdxl")))
     for name, unet in {"fits": loading.load_unet(str(checkpoint(kind))), "another": other}.items():
         lora.attach(unet, 2, 2.0)
-        lora.save(lora.trainable(unet), unet.peft_config[lora.NAME], tmp_path / name)
+        lora.save(lora.trainable(unet), unet, tmp_path / name, "a title")
     (tmp_path / "no.safetensors").write_bytes(b"no")
     monkeypatch.setattr(loading, "load_pipeline", None)
     monkeypatch.setattr(loading, "load_unet", None)

@@ -342,9 +342,9 @@ def test_a_lora_is_trained_on_or_merged_before_training(argv, tmp_path, checkpoi
     errors = [metrics(out)[0]["err_winner"] for out in (on, merged, first)]
     assert errors[1] == pytest.approx(errors[0], rel=1e-4) != pytest.approx(errors[2], rel=1e-4)
 
-    def unet(*loras) -> dict:
+    def unet(*adapters) -> dict:
         pipeline = loading.load_pipeline(str(base))
-        for path in loras:
+        for path in adapters:
             loras.fuse_lora(pipeline, str(path))
         return pipeline.unet.state_dict()
 

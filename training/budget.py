@@ -407,13 +407,13 @@ def disk(args: Namespace, plan) -> dict[str, int]:
     """Bytes that the run has in --out at most, by what they are in words.
 
     A checkpoint has 12 bytes a trained parameter, the fp32 weights and AdamW's moments, and below
-    ZeRO-3 the weights in plan.dtype as well. Models are fp32, and a LoRA stands alone."""
+    ZeRO-3 the weights in plan.dtype as well. Models are fp32; a LoRA stands alone, in two files."""
     trained = plan.parameters
     if rank := lora_rank(args):
         trained = lora.parameters(plan.unet_config, rank, args.lora_targets)
     sharded = plan.ds_config["zero_optimization"]["stage"] == 3
     checkpoint = trained * (12 if sharded else 12 + plan.dtype.itemsize)
-    unet = aligned = 4 * trained
+    unet = aligned = (6 if rank else 4) * trained  # a LoRA is written in fp32 and in fp16
     if not rank and plan.parameters >= TOY:
         aligned += 4 * (VAE + TEXT[plan.architecture])
     taken = {}

@@ -139,7 +139,11 @@ def origin(record: dict) -> str:
     if not record["adapters"]:
         return sentence
     whose = "" if record["unet"] else "the UNet of "
-    return f"LoRA adapters for {whose}{sentence}\n\n{code(loading(record), 'python')}"
+    return (
+        f"LoRA adapters for {whose}{sentence}\n\n{code(loading(record), 'python')}\n\n"
+        f"`{hub.KOHYA_LORA}` is the same LoRA for ComfyUI (`models/loras/`), Forge and A1111 "
+        "(`models/Lora/`)."
+    )
 
 
 def rows(values: dict) -> str:

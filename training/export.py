@@ -6,12 +6,13 @@
     python -m training.export out/sdxl-lora --to pipeline --out sdxl-mine   # adapters merged
     python -m training.export out/sdxl-inpo --upload me/sdxl-inpo --private # to the hub
 
-Writes a diffusers pipeline, a UNet folder or a LoRA file (pytorch_lora_weights.safetensors), with a
-model card; the folder is complete or absent, and the same command again leaves it alone. Weights
-are the fp32 master weights, rounded once; all else is the model that the run started from.
---upload sends the model, its card, curves and sample pictures to the hub (HF_ENDPOINT names another
-server): of a finished run the model in its folder, unless --to, --dtype or --out ask for an export;
-also of RUN/best and RUN/unets/step_*. Checkpoints are pickles: open only those of your own runs.
+Writes a diffusers pipeline, a UNet folder or a LoRA (pytorch_lora_weights.safetensors, and
+comfyui_lora.safetensors for ComfyUI, Forge and A1111), with a model card; the folder is complete or
+absent, and the same command again leaves it alone. Weights are the fp32 master weights, rounded
+once; all else is the model that the run started from. --upload sends the model, its card, curves
+and sample pictures to the hub (HF_ENDPOINT names another server): of a finished run the model in
+its folder, unless --to, --dtype or --out ask for an export; also of RUN/best and RUN/unets/step_*.
+Checkpoints are pickles: open only those of your own runs.
 """
 
 import argparse
@@ -146,7 +147,7 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
         with replacing(out) as scratch:
             scratch.mkdir()
             if kind == "lora":
-                lora.save(weights, unet.peft_config[lora.NAME], scratch, DTYPES[dtype])
+                lora.save(weights, unet, scratch, facts["title"], DTYPES[dtype])
             elif kind == "unet":
                 unet.to(DTYPES[dtype]).save_pretrained(scratch, max_shard_size="1TB")  # one file
             else:

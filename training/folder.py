@@ -17,7 +17,8 @@ curves.png, README.md   training curves, model card
 cost.json               UNet calls, FLOPs, time, memory
 result.json             how many bytes each file of the result has
 model_index.json, ...   the aligned pipeline in diffusers layout, written at the end; of a LoRA
-                        run pytorch_lora_weights.safetensors, for load_lora_weights
+                        run pytorch_lora_weights.safetensors, for load_lora_weights, and
+                        comfyui_lora.safetensors, for ComfyUI, Forge and A1111
 """
 
 import contextlib

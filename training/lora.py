@@ -12,22 +12,17 @@ Switched off, the adapted UNet is the reference: no second copy of the weights. 
 """
 
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import Tensor
 
 from system.files import UserError
-from system.hub import lora_file, one_sentence
+from system.hub import KOHYA_LORA
 from weights import loading, loras
 
 NAME = "default"  # of the adapter: peft's own default, as in the published scripts
@@ -51,7 +46,7 @@ def load_start(args: Namespace, dtype: torch.dtype) -> DiffusionPipeline:
     if args.lora and args.lora_start == "merge":
         loras.fuse_lora(pipeline, args.lora)
     elif args.lora:
-        adopt(pipeline, args.lora)
+        adopt(pipeline.unet, args.lora, args.model)
     if args.lora_rank:
         attach(pipeline.unet, args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
     if args.lora and args.lora_start == "merge" and dtype != torch.float32:  # or round it twice
@@ -74,56 +69,44 @@ def attach(
         unet.add_adapter(config, NAME)
 
 
-def adopt(pipeline: DiffusionPipeline, path: str):
-    """Freeze the pipeline's UNet and make a LoRA (file, folder, hub id) its trainable adapter.
+def adopt(unet: UNet2DConditionModel, path: str, model_name: str):
+    """Freeze the UNet and make a LoRA (file, folder, hub id) its trainable adapter.
 
-    Rank, alpha and targets are the file's, the dtype is the UNet's. Raises UserError where a
-    tensor of the file would be lost, or one of the adapter is not in the file."""
-    file, sentence = lora_file(path), f"The LoRA '{path}' does not fit the UNet"
-    given = tensors_of(path)
-    if text := of_text_encoders(given):
+    Ranks, alphas and targets are the file's, the dtype is the UNet's. Raises UserError where a
+    tensor of the file would be lost; see `loras.read`."""
+    if text := loras.text_tensors(path):
         raise UserError(
             f"The LoRA '{path}' has {len(text)} tensors of text encoders, which are not trained "
             "here and would be lost; merge it: --lora-start merge."
         )
-    load, unet = pipeline.load_lora_weights, pipeline.unet.requires_grad_(False)
-    one_sentence(lambda: load(file, adapter_name=NAME, use_safetensors=True), sentence)
-    if len(given) != len(trainable(unet)):  # diffusers only warns of tensors that match nothing
-        raise UserError(
-            f"{sentence}: it has {len(given)} tensors, the adapter that it describes has "
-            f"{len(trainable(unet))}."
-        )
+    layers = loras.read(path, {"unet": unet}, model_name)["unet"]
+    rank, ranks = _most({name: layer.rank for name, layer in layers.items()})
+    alpha, alphas = _most({name: layer.alpha for name, layer in layers.items()})
+    patterns = {"rank_pattern": ranks, "alpha_pattern": alphas}
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(layers), **patterns)
+    unet.requires_grad_(False)
+    unet.add_adapter(config, NAME)
+    for name, layer in layers.items():
+        adapted = unet.get_submodule(name)
+        adapted.lora_A[NAME].weight.data.copy_(layer.down)
+        adapted.lora_B[NAME].weight.data.copy_(layer.up)
 
 
-def tensors_of(path: str) -> list[str]:
-    """The names of a LoRA's tensors, without scales. Raises UserError where it cannot be opened."""
-    file = lora_file(path)
-    with one_sentence(
-        lambda: safe_open(file, "pt"), f"The LoRA '{path}' cannot be read"
-    ) as tensors:
-        return [key for key in tensors.keys() if not key.endswith(".alpha")]
+def _most(values: dict[str, float]) -> tuple[float, dict[str, float]]:
+    """(the most frequent value, those that differ from it by name)."""
+    most = Counter(values.values()).most_common(1)[0][0]
+    return most, {name: value for name, value in values.items() if value != most}
 
 
-def of_text_encoders(names: list[str]) -> list[str]:
-    return [key for key in names if key.startswith(("text_encoder", "lora_te"))]
-
-
-def check(path: str, start: str, model_name: str, architecture: str, unet_config: dict):
-    """Raises UserError for a LoRA that training cannot start from: adds it to a UNet without
-    weights. Of one with text encoders, which is merged, only that it can be opened is known."""
-    if start == "merge" and of_text_encoders(tensors_of(path)):
-        return
+def check(path: str, start: str, model_name: str, unet_config: dict):
+    """Raises UserError for a LoRA that training cannot start from: fits it to a UNet without
+    weights. Of text encoders, which are merged, only that their tensors are a LoRA is known."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config)
-    parts = {"vae": None, "text_encoder": None, "tokenizer": None, "unet": unet, "scheduler": None}
-    if architecture == "sdxl":
-        parts |= {"text_encoder_2": None, "tokenizer_2": None}
-        pipeline = StableDiffusionXLPipeline(**parts)
+    if start == "continue":
+        adopt(unet, path, model_name)
     else:
-        parts |= {"safety_checker": None, "feature_extractor": None}
-        pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    pipeline.register_to_config(_name_or_path=model_name)
-    loras.load_lora(pipeline, path) if start == "merge" else adopt(pipeline, path)
+        loras.read(path, {"unet": unet}, model_name)
 
 
 def trainable(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -178,15 +161,20 @@ class AdapterOff:
 
 
 def save(
-    weights: dict[str, Tensor], config: LoraConfig, folder: Path, dtype: torch.dtype = torch.float32
+    weights: dict[str, Tensor],
+    unet: UNet2DConditionModel,
+    folder: Path,
+    title: str,
+    dtype: torch.dtype = torch.float32,
 ):
-    """Write folder/pytorch_lora_weights.safetensors for load_lora_weights of SDXL and SD1.5.
+    """Write folder/pytorch_lora_weights.safetensors for load_lora_weights of SDXL and SD1.5, and
+    folder/comfyui_lora.safetensors for ComfyUI, Forge and A1111, in fp16 (`loras.save_kohya`).
 
-    weights: the full tensors of `trainable`, by its names. config: unet.peft_config[NAME]; what
-    differs from peft's defaults goes into the file's metadata, so that alpha != r is not lost, with
-    the two patterns, without which diffusers 0.35 raises KeyError."""
+    weights: the full tensors of `trainable`, by its names. What differs from peft's defaults in the
+    adapters' settings goes into the first file's metadata, so that alpha != r is not lost, with the
+    two patterns, without which diffusers 0.35 raises KeyError. title: shown of the second file."""
+    config, default = unet.peft_config[NAME], LoraConfig().to_dict()
     layers = {name.replace(f".{NAME}.", "."): w.to(dtype) for name, w in weights.items()}
-    default = LoraConfig().to_dict()
     said = {k: v for k, v in config.to_dict().items() if v != default[k]}
     said = {k: sorted(v) if isinstance(v, set) else v for k, v in said.items()}  # one file, always
     always = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
@@ -194,3 +182,10 @@ def save(
     StableDiffusionXLPipeline.save_lora_weights(
         folder, unet_lora_layers=layers, unet_lora_adapter_metadata=said
     )
+    factors = {}
+    for name, down in weights.items():
+        if (mark := f".lora_A.{NAME}.") in name:
+            place, up = name.split(mark)[0], weights[name.replace("lora_A", "lora_B")]
+            alpha = unet.get_submodule(place).lora_alpha[NAME]
+            factors[place] = loras.Layer(down, up, float(alpha))
+    loras.save_kohya(factors, unet.config, folder / KOHYA_LORA, title)

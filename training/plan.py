@@ -206,7 +206,7 @@ def check(args: argparse.Namespace) -> Plan:
     check_shared_memory(args.workers, batch, loaders=ranks_here())
     check_open_files(args.workers)
     if args.lora:
-        lora.check(args.lora, args.lora_start, args.model, architecture(args.model), unet)
+        lora.check(args.lora, args.lora_start, args.model, unet)
     pairs = read_pairs(args)
     captions, broken = data.sample(pairs, resolution)
     sampled = len(captions) + len(broken)

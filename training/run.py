@@ -27,7 +27,7 @@ from tqdm import tqdm
 from evaluation import figures
 from system import checkpoint
 from system.files import UserError, is_full, replacing, write
-from system.hub import LORA
+from system.hub import KOHYA_LORA, LORA
 from system.processes import (
     Stop,
     agree,
@@ -200,9 +200,9 @@ class Run:
         if is_main() and scores:
             self.trackers.note(trackers.judged(scores), scores["step"])
         if best:
-            weights = full_weights(engine)
+            weights, title = full_weights(engine), self.facts["title"]
             if is_main():
-                write_best = functools.partial(write_model, engine.module, weights)
+                write_best = functools.partial(write_model, engine.module, weights, title)
                 self.warn_if_disk_full("best", lambda: self.preview.keep(scores, write_best))
 
     def export(self, engine, target: Path):
@@ -211,7 +211,7 @@ class Run:
 
         def put_in_place():
             with replacing(target) as scratch:
-                write_model(engine.module, weights, scratch)
+                write_model(engine.module, weights, self.facts["title"], scratch)
                 shutil.rmtree(target, ignore_errors=True)  # of a run that resumes
 
         if is_main():
@@ -279,14 +279,15 @@ class Run:
         """Write the aligned pipeline in fp32, curves, cost and model card. Parts of the pipeline
         that were not trained are read again in fp32, since they are rounded in memory."""
         weights, memory = full_weights(engine), peak_memory(engine.device)
+        title, method = self.facts["title"], self.facts["method"]
 
         @as_os_error()
         def write_all():
             self.bar.close()
             self.append()
             if lora.attached(engine.module):
-                write_model(engine.module, weights, self.out)
-                names = [LORA]
+                write_model(engine.module, weights, title, self.out)
+                names = [LORA, KOHYA_LORA]
             else:
                 start = lora.load_start(self.args, torch.float32)
                 saving.save_pipeline(start, weights, self.out)
@@ -294,7 +295,6 @@ class Run:
             lines = folder.read_metrics(self.out)
             cost = budget.work_done(self.args, plan) | measured(lines, engine.device, memory)
             write(self.out / "cost.json", json.dumps(cost, indent=2) + "\n")
-            title, method = self.facts["title"], self.facts["method"]
             figures.curves(lines, self.out / "curves.png", title, method)
             folder.list_result(self.out, [*names, "cost.json", "curves.png"], self.args.steps)
             write(self.out / "README.md", card.render(self.facts, lines))
@@ -397,9 +397,9 @@ def as_os_error() -> Iterator[None]:
 
 
 @as_os_error()
-def write_model(unet, weights: dict[str, torch.Tensor], target: Path):
-    """A UNet, or its adapters as a LoRA file, in diffusers layout."""
+def write_model(unet, weights: dict[str, torch.Tensor], title: str, target: Path):
+    """A UNet in diffusers layout, or its adapters as LoRA files of that title."""
     if lora.attached(unet):
-        lora.save(weights, unet.peft_config[lora.NAME], target)
+        lora.save(weights, unet, target, title)
     else:
         saving.save_unet(dict(unet.config), weights, target)
