@@ -189,7 +189,7 @@ def start_engine(pipeline, args: Namespace, ds_config: dict):
     if adapters:
         return engine, lora.AdapterOff(engine)
     if engine.zero_optimization_stage() == 3:
-        frozen = {k: v for k, v in ds_config.items() if k not in ("optimizer", *trackers.MODULES)}
+        frozen = {k: v for k, v in ds_config.items() if k not in ("optimizer", *trackers.NAMES)}
         reference, *_ = deepspeed.initialize(model=reference, config=frozen)
     return engine, reference.to(engine.device)
 

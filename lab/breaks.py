@@ -367,7 +367,7 @@ BREAKS = [
           "monitor.enabled = False", "monitor.enabled = True",
           "test_trackers.py::test_zero3_starts_its_monitors_once_and_deepspeeds_own_numbers_are_off"),
     Break("trackers: the reference starts them again", "train_inpo.py",
-          '("optimizer", *trackers.MODULES)', '("optimizer", "tensorboard")',
+          '("optimizer", *trackers.NAMES)', '("optimizer", "tensorboard")',
           "test_trackers.py::test_zero3_starts_its_monitors_once_and_deepspeeds_own_numbers_are_off"),
 
     # ----- what is shared

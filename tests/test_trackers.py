@@ -62,7 +62,7 @@ def test_wrong_keys_and_values_are_refused_by_name():
     for place, config in wrong.items():
         assert f"file.json: {place}: " in refusal(trackers.check, "file.json", config)
     assert "WANDB_NAME" in refusal(trackers.check, "file.json", wrong["wandb.name"])
-    for name in trackers.MODULES:
+    for name in trackers.NAMES:
         assert "must be an object" in refusal(trackers.check, "file.json", {name: True})
 
 
@@ -87,7 +87,10 @@ def test_the_plan_says_what_it_ignores(ds_config):
     said = list(plan.ignored(config))
     keys = "scheduler", "train_batch_size", "csv_monitor.output_path", "csv_monitor.job_name"
     assert [sentence.split(" of ")[0] for sentence in said] == list(keys)
-    assert said[0] == f"scheduler of --ds-config {config} is ignored; --lr and --warmup decides."
+    assert (
+        said[0]
+        == f"scheduler of --ds-config {config} is ignored: it follows from --lr and --warmup."
+    )
 
 
 def test_the_id_is_the_folders_and_the_users_own_variables_win(tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ def ignored(file: str) -> Iterator[str]:
         for key in place.split("."):
             node = node.get(key) if isinstance(node, dict) else None
         if node is not None:
-            yield f"{place} of --ds-config {file} is ignored; {flag} decides."
+            yield f"{place} of --ds-config {file} is ignored: it follows from {flag}."
 
 
 def find_auto(node: Any, place: str = "") -> str | None:

@@ -24,7 +24,7 @@ W&B ignores a step that is lower than its last.
 
 import contextlib
 import csv
-import importlib
+import json
 import os
 import secrets
 import subprocess
@@ -35,19 +35,23 @@ from pathlib import Path
 
 import numpy as np
 from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.utils import (
+    check_comet_availability,
+    check_tb_availability,
+    check_wandb_availability,
+)
 from PIL import Image
 from pydantic import ValidationError
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from system.files import UserError, read_json, read_log, replacing, warn_once, write
 from system.hub import one_sentence, reason
 from training import folder, preview
 
-MODULES = {
-    "tensorboard": "torch.utils.tensorboard",
-    "wandb": "wandb",
-    "csv_monitor": "csv",
-    "comet": "comet_ml",
+NAMES = "tensorboard", "wandb", "csv_monitor", "comet"  # of the blocks in a configuration
+NEEDS = {
+    "tensorboard": check_tb_availability,
+    "wandb": check_wandb_availability,
+    "comet": check_comet_availability,
 }
 FOLDERS = {"tensorboard": "tensorboard", "csv_monitor": "csv"}  # in the run's
 SAMPLES = "samples"  # the name of the pictures
@@ -60,7 +64,7 @@ PATIENCE = 120  # seconds for W&B to answer
 def check(file: str, config: dict):
     """Raises UserError for a monitor that DeepSpeed could not start: a wrong key or value, a
     library that is not there, W&B without a login. The last two are for rank 0 alone."""
-    for name in MODULES:
+    for name in NAMES:
         if not isinstance(config.get(name, {}), dict):
             raise UserError(
                 f'--ds-config {file}: {name} must be an object, as {{"enabled": true}}.'
@@ -72,12 +76,15 @@ def check(file: str, config: dict):
         place = ".".join(map(str, flaw["loc"]))
         hint = "; W&B's run name and id are WANDB_NAME and WANDB_RUN_ID" * place.startswith("wandb")
         raise UserError(f"--ds-config {file}: {place}: {flaw['msg']}{hint}.") from error
-    for name, module in MODULES.items():
-        if getattr(monitors, name).enabled and os.environ.get("RANK", "0") == "0":
-            sentence = f"--ds-config {file}: {name} is enabled, and cannot be imported"
-            one_sentence(lambda module=module: importlib.import_module(module), sentence)
-            if name == "wandb":
-                check_login(file)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for name, is_there in NEEDS.items():
+        if getattr(monitors, name).enabled:
+            with contextlib.redirect_stdout(None):  # what the exception says, too
+                sentence = f"--ds-config {file}: {name} is enabled, and cannot be imported"
+                one_sentence(is_there, sentence)
+    if monitors.wandb.enabled:
+        check_login(file)
 
 
 def check_login(file: str):
@@ -85,19 +92,20 @@ def check_login(file: str):
 
     W&B itself says so, in a process that cannot ask: it looks for keys in many places."""
     command = [sys.executable, "-c", "import wandb; wandb.login(verify=True)"]
-    silent = os.environ | {"WANDB_SILENT": "true"}
-    options = {"env": silent, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    options |= {"env": os.environ | {"WANDB_SILENT": "true"}, "timeout": PATIENCE}
     try:
-        tried = subprocess.run(command, **options, timeout=PATIENCE)
-        said = tried.stderr.strip().splitlines()[-1:] if tried.returncode else []
+        tried = subprocess.run(command, **options)
+        if tried.returncode == 0:
+            return
+        *_, last = tried.stderr.strip().splitlines() or ["no reason given"]
     except subprocess.TimeoutExpired:
-        said = [f"no answer within {PATIENCE} s"]
-    if said:
-        reason = said[0].partition("Error: ")[2] or said[0]
-        raise UserError(
-            f"--ds-config {file}: wandb is enabled, but W&B refuses ({reason.rstrip('.')}); log in "
-            "with `wandb login`, or set WANDB_MODE=offline, and send the run with `wandb sync`."
-        )
+        last = f"no answer within {PATIENCE} s"
+    why = last.partition("Error: ")[2] or last
+    raise UserError(
+        f"--ds-config {file}: wandb is enabled, but W&B refuses ({why.rstrip('.')}); log in with "
+        "`wandb login`, or set WANDB_MODE=offline, and send the run with `wandb sync`."
+    )
 
 
 def set_variables(out: Path, config: dict):
@@ -113,7 +121,7 @@ def set_variables(out: Path, config: dict):
             warn_once(f"{error} W&B shows the rest as another run.")
     run_id = os.environ.get("WANDB_RUN_ID") or recorded or secrets.token_hex(4)
     if run_id != recorded:
-        write(file, f'{{"run_id": "{run_id}"}}\n')
+        write(file, json.dumps({"run_id": run_id}) + "\n")
     out, variables = out.absolute(), {"RUN_ID": run_id, "RESUME": "allow"}
     for name, value in (variables | {"NAME": out.name, "DIR": str(out)}).items():
         os.environ.setdefault(f"WANDB_{name}", value)
@@ -126,7 +134,7 @@ def starting(file: str) -> Iterator[None]:
         yield
     except Exception as error:
         library = type(error).__module__.split(".")[0]
-        if library not in MODULES.values():
+        if library not in ("wandb", "comet_ml"):
             raise
         words = reason(error)
         raise UserError(f"--ds-config {file}: {library} could not start ({words}).") from error
@@ -181,6 +189,8 @@ class Monitor:
 
 class TensorBoard(Monitor):
     def resume(self, start: int, rows: dict[int, Row]):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
         begin = SessionLog(status=SessionLog.START)  # readers drop older events from this step on
         self.monitor.summary_writer.file_writer.add_event(Event(step=start, session_log=begin))
 
