@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import train_inpo
 from system import hub
 from system.files import ROOT
-from training import card, export, preview
+from training import card, export, flags, plan, preview
 from training.upload import use_plain_uploads
 
 LORA = hub.LORA
@@ -116,7 +116,7 @@ def test_a_finished_run_is_sent_as_it_is_and_nothing_else(runs, server, tmp_path
         assert there.pop("_name_or_path") and json.loads(files[file]) == there
     said = capsys.readouterr().out.splitlines()
     size = sum(map(len, files.values()))
-    first = f"Uploading {len(files)} files, {size / 1e9:.3f} GB to {server.url}/me/full (private):"
+    first = f"Uploading {len(files)} files, {size / 1e6:.1f} MB to {server.url}/me/full (private):"
     assert said[-len(files) - 2] == first and said[-1] == f"It is at {server.url}/me/full."
     listed = dict(line.split()[::-1] for line in said[-len(files) - 1 : -1])
     assert {k: int(v.replace(",", "")) for k, v in listed.items()} == {
@@ -306,6 +306,17 @@ def test_only_what_is_on_the_hub_is_named_to_the_hub(tmp_path, monkeypatch):
         assert (told.get("base_model"), told.get("license")) == (base, license) and not flaws(text)
         assert ("base_model_relation" in told) == (base is not None)
         assert ("datasets" in told) == ("data" not in given)
+
+
+def test_a_relative_folder_is_known_as_one_wherever_it_is_sent_from(argv, tmp_path, monkeypatch):
+    (tmp_path / "my" / "pairs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    args = flags.parse("", argv(data="my/pairs", vae="owner/vae"))
+    monkeypatch.setattr(sys, "argv", ["train_inpo.py", "--data", "my/pairs"])
+    record = card.facts(args, plan.asked(args), False, 4, 1)
+    monkeypatch.chdir("/")
+    text = card.render(card.public(json.loads(json.dumps(record))), [])
+    assert "my/pairs" not in text and "--data .../pairs" in text and "| vae | owner/vae |" in text
 
 
 def test_of_a_path_the_public_card_has_the_last_part(tmp_path, monkeypatch):

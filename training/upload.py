@@ -30,6 +30,7 @@ from system import checkpoint, hub
 from system.files import UserError, read_json
 from system.text import code, printable
 from training import card
+from training.budget import in_words
 from training.folder import read_metrics, read_record, read_result
 
 # -------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def send(model: Model, repository: str, private: bool) -> str:
     """Say what is sent, and send it in one commit; the page's address."""
     files = contents(model, repository)
     sizes = {k: len(f) if isinstance(f, bytes) else f.stat().st_size for k, f in files.items()}
-    whole = f"{len(files)} files, {sum(sizes.values()) / 1e9:.3f} GB"
+    whole = f"{len(files)} files, {in_words(sum(sizes.values()))}"
     address = f"{constants.ENDPOINT}/{repository}"
     print(f"Uploading {whole} to {address} ({'private' if private else 'public'}):")
     for name, size in sizes.items():
