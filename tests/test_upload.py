@@ -173,12 +173,13 @@ def test_pictures_of_the_gallery_are_those_of_the_grid(runs):
         assert found, name
 
 
-def test_a_lora_run_sends_its_adapters_alone(runs, server):
+def test_a_lora_run_sends_its_adapters_alone_in_both_forms(runs, server):
     upload(runs / "lora", "--upload", "me/lora")
     repository = server.repositories["me/lora"]
     files = repository["files"]
     assert not repository["private"] and not {f.split("/")[0] for f in files} & set(PARTS)
-    assert files[LORA] == (runs / "lora" / LORA).read_bytes()
+    for name in (LORA, hub.KOHYA_LORA):
+        assert files[name] == (runs / "lora" / name).read_bytes()
 
 
 def test_a_checkpoint_is_exported_and_sent_with_what_was_drawn_up_to_its_step(
