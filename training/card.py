@@ -153,7 +153,8 @@ def rows(values: dict) -> str:
 
 
 def front_matter(record: dict, widget: list[dict]) -> str:
-    """The YAML that the hub reads; widget: pictures with their prompts."""
+    """The YAML that the hub reads; widget: pictures with their prompts. It has no instance_prompt:
+    preferences have no trigger word."""
     given = [record[key] for key in STARTS if record[key]]
     starts = [name for name in given if "/" in name and not is_local(name, record)]
     told: dict = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
