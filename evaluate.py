@@ -14,9 +14,10 @@ under torchrun or deepspeed too, and writes the same files):
     torchrun --nproc_per_node 8 evaluate.py --prompts hpdv2 parti --models base=sdxl \\
                        dpo=mhdang/dpo-sdxl-text2image-v1 inpo=JaydenLu666/InPO-SDXL
 
-A model is a diffusers pipeline (folder, hub id; sdxl, sd15, tiny); a UNet or a LoRA, which is put
-into --base; or a folder of images, drawn here before (it has a manifest.json) or elsewhere (PNG or
-JPEG files: in natural order file k shows prompt k mod P of the P of --prompts):
+A model is a diffusers pipeline (folder, hub id; sdxl, sd15, tiny), also in one .safetensors file in
+the original layout; a UNet or a LoRA, which is put into --base; or a folder of images, drawn here
+before (it has a manifest.json) or elsewhere (PNG or JPEG files: in natural order file k shows
+prompt k mod P of the P of --prompts):
 
     python evaluate.py --models base=sdxl lora=out/lora/pytorch_lora_weights.safetensors \\
                        --prompts parti
@@ -60,7 +61,7 @@ from typing import NamedTuple
 from evaluation import own
 from evaluation.published import PUBLISHED_SCORERS, TITLES, TOY
 from system.files import UserError, encoded, set_aside, write
-from system.hub import check_local
+from system.hub import add_model_flags, check_local, say_of_files
 from system.program import Parser, reported
 
 NAME = r"\w[\w.+-]*"  # of a model or prompt set: it becomes a folder
@@ -76,6 +77,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="two or more, the baseline first: pipelines, UNets, LoRAs or folders of images")
     add("--base", metavar="PATH",
         help="pipeline of the UNets and LoRAs (default: the first pipeline among the models)")
+    add_model_flags(add)
     add("--prompts", nargs="+", metavar="SET",
         help="one or more of toy, hpdv2, hpdv2-test, parti (or parti=PATH of a local copy), .txt "
              "files, a prompt a line, and .tsv files with the columns Prompt and Category "
@@ -109,6 +111,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.models = name_models(args.models)
     for path in [*args.models.values(), *([args.base] if args.base else [])]:
         check_local(path)
+    say_of_files([*args.models.values(), *([args.base] if args.base else [])], args)
     return args
 
 

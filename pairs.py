@@ -18,7 +18,7 @@ from pathlib import Path
 from evaluation import own
 from evaluation.published import TITLES
 from system.files import UserError
-from system.hub import check_local
+from system.hub import add_model_flags, check_local, say_of_files
 from system.program import Parser, reported
 
 
@@ -104,8 +104,10 @@ def add_make(parser: argparse.ArgumentParser):
     # fmt: off
     add = parser.add_argument
     add("--model", required=True, metavar="MODEL",
-        help="that draws: sdxl, sd15, tiny, folder or hub id of a pipeline, UNet or LoRA")
+        help="that draws: sdxl, sd15, tiny, folder or hub id of a pipeline, UNet or LoRA, or a "
+             "single .safetensors file")
     add("--base", metavar="MODEL", help="pipeline of a UNet or LoRA")
+    add_model_flags(add)
     add("--prompts", required=True, metavar="SET",
         help="toy-train, a .txt file, a prompt a line, or another set of evaluate.py's --prompts")
     add("--limit", type=int, metavar="N", help="take N prompts, evenly spaced (default: all)")
@@ -137,6 +139,7 @@ def check_make(args: argparse.Namespace):
     args.judge = own.distinct(args.judge)
     for path in filter(None, (args.model, args.base)):
         check_local(path)
+    say_of_files(filter(None, (args.model, args.base)), args)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Models, prompts, scorers and pairs by name: a preset, a folder, or a repository of the hub.
+"""Models, prompts, scorers and pairs by name: a preset, a folder, a single file, or a repository of
+the hub.
 
     find("sdxl", "pipeline", "model_index.json")   # the file's path here, downloaded if need be
     architecture("owner/name")                     # "sdxl" or "sd15", by model_index.json
@@ -7,10 +8,11 @@
 The hub is huggingface.co, or what HF_ENDPOINT names. Nothing here takes long to import.
 """
 
+import argparse
 import os
 import re
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from threading import Thread
@@ -25,6 +27,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from system import single
 from system.files import ROOT, UserError, expanded, read_json
 
 PRESETS = {
@@ -123,14 +126,92 @@ def download(
 
 
 # -------------------------------------------------------------------------------------------------
+# What the flags of a program say of a model, by its name: what a single file cannot say itself.
+
+SAID: dict[str, dict[str, Any]] = {}  # {name: {"config", "prediction_type", "zero_snr"}}
+
+
+def add_model_flags(add: Callable):
+    """The flags of `say`. add: add_argument of a group."""
+    # fmt: off
+    add("--config", metavar="FOLDER|ID",
+        help="of a single file: folder or hub id, in diffusers layout, with its configuration and "
+             "tokenizers (if not given: those of sdxl or sd15)")
+    add("--prediction-type", choices=("epsilon", "v_prediction"),
+        help="what the UNet predicts, where its files do not say so")
+    add("--zero-snr", action="store_true",
+        help="the noise schedule ends on pure noise (zero terminal SNR), where the model's files "
+             "do not say so")
+    # fmt: on
+
+
+def say(name: str, flags: argparse.Namespace):
+    """From now on this process takes what these flags say of a model to be so. Raises UserError
+    where --config has another architecture."""
+    source = PRESETS.get(name, name)
+    given = {key: getattr(flags, key, None) for key in ("config", "prediction_type", "zero_snr")}
+    SAID[source] = {key: value for key, value in given.items() if value}
+    if flags.config and not single.is_single(source):
+        raise UserError(f"--config {flags.config}: {name} has its own; leave the flag out.")
+    if flags.config and architecture(flags.config) != (kind := architecture(source)):
+        raise UserError(
+            f"--config {flags.config}: {name} is {kind}, and this is not; name another."
+        )
+
+
+def say_of_files(names: Iterable[str], flags: argparse.Namespace):
+    """`say` of the single files among several models; what such a file says of its schedule itself
+    counts more. Raises UserError where a flag is given that no model has a use for."""
+    files = [name for name in names if single.is_single(PRESETS.get(name, name))]
+    silent = [name for name in files if not single.scheduler_of(name)]
+    for flag, others in (("config", files), ("prediction_type", silent), ("zero_snr", silent)):
+        if getattr(flags, flag) and not others:
+            raise UserError(
+                f"--{flag.replace('_', '-')}: no model here is a single file that needs it; leave "
+                "the flag out."
+            )
+    for name in files:
+        schedule = {} if name in silent else {"prediction_type": None, "zero_snr": False}
+        say(name, argparse.Namespace(**vars(flags) | schedule))
+
+
+def schedule_of(name: str) -> dict[str, Any]:
+    """What a single file and `say` add to a model's scheduler_config.json."""
+    source = PRESETS.get(name, name)
+    found, said = single.scheduler_of(source) if single.is_single(source) else {}, SAID.get(source)
+    if said and "prediction_type" in said:
+        found |= {"prediction_type": said["prediction_type"]}
+    return found | (single.ZERO_SNR if said and said.get("zero_snr") else {})
+
+
+def layout_of(name: str) -> str:
+    """The folder or hub id in diffusers layout that a model's configuration is read from: the model
+    itself, or of a single file what --config names, else the first release of its architecture."""
+    source = PRESETS.get(name, name)
+    if not single.is_single(source):
+        return source
+    config = SAID.get(source, {}).get("config") or single.architecture_of(source)
+    return PRESETS.get(config, config)
+
+
+# -------------------------------------------------------------------------------------------------
 # A folder, or the hub.
 
 
 def find(name: str, what: str, *files: str) -> tuple[Path, str]:
     """(path here, name) of the first of `files` that a folder or hub repository holds.
 
-    name: a preset, a folder, or a hub id. what: as of `download`. Raises UserError."""
+    name: a preset, a folder, a single file, or a hub id. what: as of `download`. Raises
+    UserError."""
     source = PRESETS.get(name, name)
+    if (layout := layout_of(source)) != source:
+        try:
+            return find(layout, what, *files)
+        except UserError as error:
+            raise UserError(
+                f"'{source}' is a single file; its configuration is read from '{layout}', or from "
+                f"what --config names. {error}"
+            ) from error
     path, exists = Path(source), os.path.exists(source)  # pathlib: OSError for names too long
     if exists and path.is_dir():
         for file in files:
@@ -146,8 +227,8 @@ def find(name: str, what: str, *files: str) -> tuple[Path, str]:
         return download(source, what, *files, here="there is no folder of that name here, and ")
     found = f"it is {file_kind(path)}" if exists else "there is no folder of that name here"
     raise UserError(
-        f"Unknown {what} '{name}': {found}; name a folder in diffusers layout, a hub id like "
-        f"owner/name, or one of {', '.join(PRESETS)}."
+        f"Unknown {what} '{name}': {found}; name a folder in diffusers layout, a single "
+        f".safetensors file, a hub id like owner/name, or one of {', '.join(PRESETS)}."
     )
 
 
@@ -156,6 +237,11 @@ def check_local(name: str):
     source = PRESETS.get(name, name)
     if not os.path.exists(source) and not re.fullmatch(HUB_ID, source):
         find(name, "model")  # raises
+
+
+def short_name(name: str) -> str:
+    """The last part of a model's name, without the suffix of a single file."""
+    return Path(name).name.removesuffix(".safetensors")
 
 
 def file_kind(path: Path) -> str:
@@ -209,17 +295,21 @@ def check_pairs(source: str):
 def kind(path: str) -> str:
     """What NAME=PATH may point at: "pipeline", "unet" (alone, at the root or in unet/), "lora".
 
-    A .safetensors file is a LoRA; of a folder or hub id the first file that it holds decides."""
+    A .safetensors file is a pipeline if it has a UNet in the original layout, else a LoRA; of a
+    folder or hub id the first file that it holds decides."""
     if path.endswith(".safetensors") and os.path.isfile(path):
-        return "lora"
+        return "pipeline" if single.is_single(path) else "lora"
     files = ("model_index.json", "unet/config.json", "config.json", LORA)
     found = find(path, "pipeline, UNet or LoRA", *files)[1]
     return {"model_index.json": "pipeline", LORA: "lora"}.get(found, "unet")
 
 
 def architecture(name: str) -> str:
-    """The kind, "sdxl" or "sd15", by model_index.json. Raises UserError for any other pipeline."""
+    """The kind, "sdxl" or "sd15", by model_index.json, or a single file's own tensors. Raises
+    UserError for any other pipeline."""
     path = PRESETS.get(name, name)
+    if single.is_single(path):
+        return single.architecture_of(path)
     index = _read(find(name, "diffusers pipeline", "model_index.json")[0])
     cls = str(index.get("_class_name", "pipeline without a class"))  # a list names code of its own
     if cls not in ARCHITECTURES:
@@ -231,7 +321,7 @@ def part_of(name: str, part: str) -> tuple[str, str | None]:
     """(folder or hub id, subfolder) of a part, "unet" or "vae": in a pipeline, or by itself."""
     files = f"{part}/config.json", "config.json"
     file = find(name, f"{part} checkpoint or pipeline", *files)[1]
-    return PRESETS.get(name, name), part if "/" in file else None
+    return layout_of(name), part if "/" in file else None
 
 
 def read_config(name: str, part: str) -> dict:

@@ -311,4 +311,4 @@ def test_help_shows_every_default(capsys):
     with pytest.raises(SystemExit) as stop:
         export.main(["--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and "(default: fp32)" in text and lora.__doc__ not in text
+    assert stop.value.code == 0 and "(if not given: fp16" in text and lora.__doc__ not in text

@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from safetensors.torch import save_file
 
 from system import checkpoint as checkpoints
 from system import hub
@@ -52,7 +53,7 @@ def test_the_kind_of_a_model_is_decided_by_the_files_it_has(checkpoint, tmp_path
     (tmp_path / "adapter").mkdir()
     whole = shutil.copytree(checkpoint(kind), tmp_path / "whole")
     for folder in (whole, tmp_path / "both", tmp_path / "adapter"):
-        (folder / hub.LORA).touch()
+        save_file({}, folder / hub.LORA)
     kinds = {"whole": "pipeline", "within": "unet", "root": "unet", "both": "unet"}
     for name, expected in {**kinds, "adapter": "lora"}.items():
         assert hub.kind(str(tmp_path / name)) == hub.kind(on_hub(tmp_path / name)) == expected

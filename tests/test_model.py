@@ -634,7 +634,7 @@ CODE = {  # what is put into the folder, words of the sentence, what of the fold
     "unet": (UNET, "Unable to load weights from checkpoint file", "unet"),
     "text encoder": (ENCODER, "Weights only load failed", ""),
     "LoRA": (lora_pickled, "is not a pipeline, UNet or LoRA", ""),
-    "LoRA in disguise": (lora_in_disguise, "Error while deserializing", "lora.safetensors"),
+    "LoRA in disguise": (lora_in_disguise, "is no whole .safetensors file", "lora.safetensors"),
     "a part": (code("unet/evil.py", unet=EVIL), "evil is not one of the libraries", ""),
     "the scheduler": (code("scheduler/evil.py", scheduler=EVIL), "custom code in evil.py", ""),
     "the pipeline": (code("evil.py", _class_name=EVIL), "is a ['evil', 'Evil']; StableDiff", ""),

@@ -36,7 +36,7 @@ def facts(args: argparse.Namespace, asked: dict, adapters: bool, pairs: int, wor
     argv = [word for word in sys.argv if not word.startswith("--local_rank")]
     versions = [f"{name} {version(name)}" for name in ("torch", "deepspeed", "diffusers")]
     record = {
-        "title": f"{Path(args.model).name}-{args.method}" + ("-lora" if adapters else ""),
+        "title": f"{hub.short_name(args.model)}-{args.method}" + ("-lora" if adapters else ""),
         "method": args.method,
         "base_model": names.get(args.model, args.model),
         "unet": args.unet and names.get(args.unet, args.unet),

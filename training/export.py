@@ -4,11 +4,12 @@
     python -m training.export out/sdxl-inpo/checkpoints/step_000200         # this one
     python -m training.export out/sdxl-inpo --to unet --dtype fp16          # UNet alone, half size
     python -m training.export out/sdxl-lora --to pipeline --out sdxl-mine   # adapters merged
+    python -m training.export out/sdxl-inpo --to single-file               # for ComfyUI, A1111
     python -m training.export out/sdxl-inpo --upload me/sdxl-inpo --private # to the hub
 
-Writes a diffusers pipeline, a UNet folder or a LoRA (pytorch_lora_weights.safetensors, and
-comfyui_lora.safetensors for ComfyUI, Forge and A1111), with a model card; the folder is complete or
-absent, and the same command again leaves it alone. Weights are the fp32 master weights, rounded
+Writes a folder with a diffusers pipeline, a UNet, a LoRA (pytorch_lora_weights.safetensors, and
+comfyui_lora.safetensors for ComfyUI, Forge and A1111), or the whole model in one file in the
+original layout (TITLE.safetensors), with a model card; the folder is complete or absent, and the same command again leaves it alone. Weights are the fp32 master weights, rounded
 once; all else is the model that the run started from. --upload sends the model, its card, curves
 and sample pictures to the hub (HF_ENDPOINT names another server): of a finished run the model in
 its folder, unless --to, --dtype or --out ask for an export; also of RUN/best and RUN/unets/step_*.
@@ -29,9 +30,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("training.export", __doc__)
     add = parser.add_argument
     add("path", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints/step_*")
-    add("--to", choices=("pipeline", "unet", "lora"),
+    add("--to", choices=("pipeline", "unet", "lora", "single-file"),
         help="(if not given: lora for a LoRA run, else pipeline)")  # fmt: skip
-    add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the weights")
+    add("--dtype", choices=("fp32", "fp16", "bf16"),
+        help="of the weights (if not given: fp16 for a single file, else fp32)")  # fmt: skip
     add("--out", type=Path, help="(if not given: exports/ in the run's folder)", metavar="FOLDER")
     add("--upload", type=repository, metavar="OWNER/NAME",
         help="send it to this repository of the hub, made where there is none")  # fmt: skip
@@ -52,14 +54,20 @@ import torch
 from safetensors import SafetensorError
 
 import model
-from system import checkpoint
+from system import checkpoint, hub
 from system.files import UserError, replacing
 from system.text import markdown, printable
 from training import card, lora, upload
 from training.folder import list_result, read_metrics, read_record, read_result
 from training.plan import compute_dtype
-from weights import saving
+from weights import original, saving
 
+WHERE = {
+    "unet": "In ComfyUI, diffusion_pytorch_model.safetensors belongs into models/diffusion_models, "
+    'for the node "Load Diffusion Model"; the base model gives VAE and text encoders.',
+    "single-file": "The .safetensors file in it belongs into models/checkpoints of ComfyUI, or "
+    "models/Stable-diffusion of A1111 and Forge.",
+}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -84,6 +92,7 @@ def load(settings: argparse.Namespace, path: Path):
     """(the pipeline that the run started from, in fp32; what was trained, by name; a warning where
     that start is not the one that the run saw, else "")."""
     weights, identities = checkpoint.weights(path), set()
+    hub.say(settings.model, settings)
     dtype = compute_dtype(settings.ds_config)
     if dtype != torch.float32:  # the run's own, unless it ran on a CPU
         identities.add(model.identity(lora.load_start(settings, dtype)))
@@ -113,9 +122,9 @@ def written(out: Path, source: list) -> bool:
     return False
 
 
-def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
-    """Write what `path` holds as a "pipeline", "unet" or "lora" (None: lora for a LoRA run, else
-    pipeline) to out (None: exports/ in the run's folder). Returns the folder."""
+def export(path: Path, kind: str | None, dtype: str | None, out: Path | None) -> Path:
+    """Write what `path` holds as a "pipeline", "unet", "lora" or "single-file" (None: lora for a
+    LoRA run, else pipeline) to out (None: exports/ in the run's folder). Returns the folder."""
     path = find(path.resolve())
     folder, step = path.parent.parent, checkpoint.read_list(path)["step"]
     settings = argparse.Namespace(**read_record(folder))
@@ -124,6 +133,7 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
     kind = kind or ("lora" if adapters else "pipeline")
     if kind == "lora" and not adapters:
         raise UserError(f"--to lora: {folder} trained the whole UNet; take pipeline or unet.")
+    dtype = dtype or ("fp16" if kind == "single-file" else "fp32")
     out = (out or folder / "exports" / f"{path.name}-{kind}-{dtype}").resolve()
     source = [zlib.crc32((path / checkpoint.LIST).read_bytes()), kind, dtype]
     if written(out, source):
@@ -150,6 +160,10 @@ def export(path: Path, kind: str | None, dtype: str, out: Path | None) -> Path:
                 lora.save(weights, unet, scratch, facts["title"], DTYPES[dtype])
             elif kind == "unet":
                 unet.to(DTYPES[dtype]).save_pretrained(scratch, max_shard_size="1TB")  # one file
+            elif kind == "single-file":
+                file = scratch / f"{facts['title']}.safetensors"
+                architecture = hub.architecture(settings.model)
+                original.save(pipeline, architecture, file, DTYPES[dtype], facts["title"])
             else:
                 saving.write_pipeline(pipeline.to(DTYPES[dtype]), scratch)
             list_result(scratch, [file.name for file in scratch.iterdir()], step, of=source)
@@ -167,6 +181,8 @@ def main(argv: list[str] | None = None):
             return
         out = export(args.path, args.to, args.dtype, args.out)
     print(f"Wrote {printable(str(out))}.")
+    if args.to in WHERE:
+        print(WHERE[args.to])
 
 
 def share(args: argparse.Namespace):

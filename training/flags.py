@@ -6,7 +6,7 @@ from pathlib import Path
 from evaluation import own
 from evaluation.published import TITLES
 from system.files import UserError
-from system.hub import check_local, check_pairs
+from system.hub import add_model_flags, check_local, check_pairs, say, short_name
 from system.program import Parser
 from training.recipes import INVERSION_STEPS, METHODS, NAMES, recipe_of, recipe_table
 
@@ -28,7 +28,9 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default="sdxl",
-        help="sdxl, sd15, tiny, a hub id, or a folder in diffusers layout; picks the recipe")
+        help="sdxl, sd15, tiny, a hub id, a folder in diffusers layout, or a single .safetensors "
+             "file in the original one; picks the recipe")
+    add_model_flags(add)
     add("--unet", metavar="PATH",
         help="UNet (folder or hub id) in place of the pipeline's, as start and as reference")
     add("--vae", metavar="PATH",
@@ -162,7 +164,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     if known.method == "inpo" and known.inversion_spacing in INVERSION_STEPS:
         parser.set_defaults(inversion_steps=INVERSION_STEPS[known.inversion_spacing])
     args = parser.parse_args(argv)
-    name = f"{Path(args.model).name}-{args.method}{'-lora' if args.recipe == 'lora' else ''}"
+    name = f"{short_name(args.model)}-{args.method}{'-lora' if args.recipe == 'lora' else ''}"
     args.out = Path(args.out or f"out/{name}")
     args.judge = args.judge or ("preference" if args.data == "toy" else "none")
     args.judge = None if args.judge == "none" else args.judge
@@ -204,6 +206,7 @@ def check_flags(args: argparse.Namespace):
         raise UserError("--judge held-out: no pairs are held out; give --held-out, such as 0.02.")
     for path in filter(None, (args.model, args.unet, args.vae, args.lora)):
         check_local(path)
+    say(args.model, args)
     for flag, default in recipe_of(args.model, args.method).items():
         if default is None and flag != "vae" and getattr(args, flag) is not None:
             name = flag.replace("_", "-")

@@ -45,6 +45,7 @@ from system.lock import LOCK, delete_unfinished, not_written
 MAY_CHANGE = {"steps", "workers", "micro_batch", "judge", "keep", "keep_every"}
 MAY_CHANGE |= {"sample_every", "checkpoint_every", "export_every", "code"}
 MAY_CHANGE |= {"cache_latents", "compile"}
+MAY_CHANGE |= {"config"}  # the start has an identity
 MAY_CHANGE |= {"prompts"}  # a run keeps those that it began with
 MAY_CHANGE |= {"recipe"}  # it picks other settings, which are recorded themselves
 MAY_CHANGE |= {"max_broken", "partial_data", "columns"}  # the data themselves have a fingerprint
@@ -67,6 +68,7 @@ def result_settings(settings: dict) -> dict:
     if kept.get("inversion_steps"):  # runs of before had no other path
         kept.setdefault("inversion_spacing", "uniform")
     older = {"buckets": 0, "true_sizes": False, "stream": 0}  # squares, of a copy
+    older |= {"prediction_type": None, "zero_snr": False}  # as scheduler_config.json has it
     kept = older | kept
     kept.setdefault("held_out", 0.0)  # as they held nothing out
     config = settings.get("ds_config") or {}

@@ -1,9 +1,11 @@
-"""Models by name: a preset, a hub id, or a folder in diffusers layout, as a diffusers pipeline.
+"""Models by name: a preset, a hub id, a folder in diffusers layout, or a single file, as a
+diffusers pipeline.
 
 Safetensors where there are any, else pickles by torch.load(weights_only=True), else the fp16
 variant; code that comes with a model is never run."""
 
 from functools import partial
+from inspect import signature
 
 import diffusers
 import torch
@@ -15,9 +17,21 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from invert import finite_sigma
 from system.files import UserError
-from system.hub import PRESETS, architecture, find, kind, one_sentence, part_of, read_config
+from system.hub import (
+    PRESETS,
+    architecture,
+    find,
+    kind,
+    layout_of,
+    one_sentence,
+    part_of,
+    read_config,
+    schedule_of,
+)
+from system.single import is_single
 from weights.loras import fuse_lora
 from weights.modules import modules_of, second_encoder
+from weights.original import load_part
 
 # No loading bars, which would come from every rank. Those of downloads, which transformers switches
 # off as well, stay.
@@ -29,8 +43,11 @@ if not HF_HUB_DISABLE_PROGRESS_BARS:
 
 def read_scheduler(name: str):
     """The noise schedule of a pipeline, without its weights. Raises UserError."""
-    config = read_config(name, "scheduler")
+    config, said = read_config(name, "scheduler"), schedule_of(name)
     cls = getattr(diffusers, str(config.get("_class_name")), diffusers.DDIMScheduler)
+    if not said.keys() <= set(signature(cls).parameters):  # PNDM has no zero terminal SNR
+        cls = diffusers.DDIMScheduler
+    config |= said
     scheduler = one_sentence(lambda: cls.from_config(config), f"Cannot load the schedule of {name}")
     check_scheduler(scheduler, name)
     return scheduler
@@ -64,6 +81,8 @@ def count_parameters(unet_config: dict) -> int:
 def _load(cls, name: str, part: str, dtype: torch.dtype):
     """A part of a pipeline, with every weight from its file. Raises UserError where one is absent:
     the libraries only warn, and draw it at random."""
+    if is_single(name):
+        return load_part(cls, name, part, dtype)
     path, subfolder = part_of(name, part)
     text = part.startswith("text_encoder")
     stem, pickled = ("model", "pytorch_model") if text else ("diffusion_pytorch_model",) * 2
@@ -95,8 +114,7 @@ def load_unet(name: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionM
 def load_tokenizer(name: str) -> transformers.CLIPTokenizer:
     """The first tokenizer of a pipeline, alone. Raises UserError, or what transformers does."""
     find(name, "tokenizer", "tokenizer/vocab.json", "tokenizer/tokenizer.json")  # or it is empty
-    source = PRESETS.get(name, name)
-    return transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
+    return transformers.CLIPTokenizer.from_pretrained(layout_of(name), subfolder="tokenizer")
 
 
 def load_pipeline(
@@ -114,11 +132,13 @@ def load_pipeline(
         "image_encoder": None,  # is not needed to draw from text
         "feature_extractor": None,
     }
+    if schedule_of(name):
+        parts["scheduler"] = read_scheduler(name)
     if sdxl:
         parts["text_encoder_2"] = _load(CLIPTextModelWithProjection, path, "text_encoder_2", dtype)
     else:
         parts |= {"safety_checker": None, "requires_safety_checker": False}
-    load = partial(DiffusionPipeline.from_pretrained, path, **parts)
+    load = partial(DiffusionPipeline.from_pretrained, layout_of(name), **parts)
     pipeline = one_sentence(load, f"Cannot load the pipeline '{path}'")
     if dtype != torch.float32:
         overflows = sdxl and pipeline.vae.config.force_upcast
