@@ -151,12 +151,10 @@ def say(name: str, flags: argparse.Namespace):
     source = PRESETS.get(name, name)
     given = {key: getattr(flags, key, None) for key in ("config", "prediction_type", "zero_snr")}
     SAID[source] = {key: value for key, value in given.items() if value}
-    if flags.config and not single.is_single(source):
-        raise UserError(f"--config {flags.config}: {name} has its own; leave the flag out.")
-    if flags.config and architecture(flags.config) != (kind := architecture(source)):
-        raise UserError(
-            f"--config {flags.config}: {name} is {kind}, and this is not; name another."
-        )
+    if (config := given["config"]) and not single.is_single(source):
+        raise UserError(f"--config {config}: {name} has its own; leave the flag out.")
+    if config and architecture(config) != (kind := architecture(source)):
+        raise UserError(f"--config {config}: is not of {kind}, as {name} is; name another.")
 
 
 def say_of_files(names: Iterable[str], flags: argparse.Namespace):

@@ -162,7 +162,7 @@ MISTAKES = {  # tensors in place of the file's, None: without; words of the sent
     "no VAE": (dict.fromkeys(["first_stage"]), "lacks the vae (first_stage_model.*)"),
     "no second encoder": (dict.fromkeys(["conditioner.embedders.1"]), "lacks the text_encoder_2"),
     "for inpainting": ({FIRST: torch.zeros(16, 9, 3, 3)}, "reads 9 channels, as one for inpaint"),
-    "a weight is missing": (dict.fromkeys([f"{single.UNET}out.2.bias"]), "out.2.bias"),
+    "a weight is missing": (dict.fromkeys([f"{single.UNET}out.2.bias"]), "it lacks weights."),
     "of another size": ({FIRST: torch.zeros(8, 4, 3, 3)}, "does not fit the configuration of"),
     "one too many": ({f"{single.UNET}input_blocks.9.0.bias": torch.zeros(7)}, "have a place"),
 }

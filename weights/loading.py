@@ -46,7 +46,7 @@ def read_scheduler(name: str):
     config, said = read_config(name, "scheduler"), schedule_of(name)
     cls = getattr(diffusers, str(config.get("_class_name")), diffusers.DDIMScheduler)
     if not said.keys() <= set(signature(cls).parameters):  # PNDM has no zero terminal SNR
-        cls = diffusers.DDIMScheduler
+        cls, config = diffusers.DDIMScheduler, config | {"clip_sample": False}
     config |= said
     scheduler = one_sentence(lambda: cls.from_config(config), f"Cannot load the schedule of {name}")
     check_scheduler(scheduler, name)
@@ -125,6 +125,7 @@ def load_pipeline(
     dtype: of UNet and text encoders. In half precision the VAE takes fp16, whose mantissa is longer
     than bf16's; SDXL's stock VAE, which overflows in fp16, stays in fp32."""
     sdxl, path = architecture(name) == "sdxl", PRESETS.get(name, name)
+    find(name, "pipeline", "model_index.json")  # of a single file its configuration's
     parts = {
         "unet": load_unet(unet or path, dtype),
         "vae": _load(AutoencoderKL, vae or path, "vae", torch.float32),  # rounded once, below

@@ -53,9 +53,12 @@ def load_part(cls, file: str, part: str, dtype: torch.dtype) -> torch.nn.Module:
         return cls.from_single_file(counted, **options)
 
     said = f"The {part} of '{file}' does not fit the configuration of '{layout_of(file)}'"
-    module = one_sentence(load, said)
-    if absent := [name for name, weight in module.named_parameters() if weight.is_meta]:
-        raise UserError(f"{said}: it lacks the weight {min(absent)}.")
+    try:
+        module = one_sentence(load, said)
+    except UserError as error:
+        if isinstance(error.__cause__, NotImplementedError):  # what is absent has no data to move
+            raise UserError(f"{said}: it lacks weights.") from error
+        raise
     held = sum(weight.numel() for weight in module.state_dict().values())
     given = {k: x for k, x in counted.items() if not k.endswith(("position_ids", "logit_scale"))}
     if (count := sum(x.numel() for x in given.values())) != held:
