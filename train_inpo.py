@@ -60,6 +60,7 @@ from training import cache, card, folder, guard, held_out, lora, preview, tracke
 from training.held_out import HeldOut
 from training.latents import draw_timesteps, generators, latents
 from training.plan import Plan, asked, check, describe
+from training.prediction import checked
 from training.run import Run
 
 # -------------------------------------------------------------------------------------------------
@@ -79,6 +80,9 @@ def train(args: Namespace, plan: Plan, stop: processes.Stop):
     start = run.resume(engine)
     encoder = cache.open_encoder(args, plan, pipeline, run, engine, start)
     batches = run.timed(read_batches(args, plan, encoder.pairs, start))
+    if not start:
+        unet = engine if reference is None else reference
+        batches = checked(batches, args, plan, run, encoder, unet, abar, predicts)
     run.show(engine, pipeline, start)  # of a resumed run again: the kill may have come before
 
     for step in range(start, args.steps):

@@ -159,6 +159,7 @@ def watched_run(argv: list[str], out: Path) -> SimpleNamespace:
         patch.setattr(model, "predict_noise", spy_predict)
         patch.setattr(model, "encode_images", spy_encode)
         patch.setattr(train_inpo, "start_engine", spy_start)
+        patch.setattr(train_inpo, "checked", lambda batches, *_: batches)  # one call more
         patch.setattr(train_inpo, "copy", SimpleNamespace(deepcopy=spy_copy))
         train_inpo.main(argv)
     seen.memory = before * 1024, getrusage(RUSAGE_SELF).ru_maxrss * 1024
@@ -481,7 +482,8 @@ def test_time_is_that_of_the_steps_alone(argv, tmp_path, monkeypatch, takes):
     takes(10_000, deepspeed.DeepSpeedEngine, "save_checkpoint")
     monkeypatch.setattr(preview, "STEPS", 2)
     train_inpo.main(argv(method="dpo", sample_every=2, export_every=1, checkpoint_every=1))
-    assert takes.now[0] == 8 + 2 * 100 + 2 * 1000 + 2 * 10_000  # pictures in one batch
+    checked, drawn = 1, 2 * 100  # pictures in one batch
+    assert takes.now[0] == 8 + checked + drawn + 2 * 1000 + 2 * 10_000
     lines = metrics(tmp_path / "run")
     assert [(line["seconds"], line["pairs_per_second"]) for line in lines] == [(4, 1), (4, 1)]
     assert {line["waiting"] for line in lines} == {0}

@@ -233,6 +233,7 @@ def test_winners_come_first_from_file_to_loss(argv, monkeypatch):
     monkeypatch.setattr(model, "predict_noise", predict)
     monkeypatch.setattr(latents, "ddim_invert", invert)
     monkeypatch.setattr(train_inpo, "inpo_loss", loss)
+    monkeypatch.setattr(train_inpo, "checked", lambda batches, *_: batches)
     train_inpo.main(argv(steps=4))
     assert len(seen) == 8
     for pixels, (winner, loser) in zip(seen, order, strict=True):

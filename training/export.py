@@ -9,11 +9,12 @@
 
 Writes a folder with a diffusers pipeline, a UNet, a LoRA (pytorch_lora_weights.safetensors, and
 comfyui_lora.safetensors for ComfyUI, Forge and A1111), or the whole model in one file in the
-original layout (TITLE.safetensors), with a model card; the folder is complete or absent, and the same command again leaves it alone. Weights are the fp32 master weights, rounded
-once; all else is the model that the run started from. --upload sends the model, its card, curves
-and sample pictures to the hub (HF_ENDPOINT names another server): of a finished run the model in
-its folder, unless --to, --dtype or --out ask for an export; also of RUN/best and RUN/unets/step_*.
-Checkpoints are pickles: open only those of your own runs.
+original layout (TITLE.safetensors), and a model card; the folder is complete or absent, and the
+same command again leaves it alone. Weights are the fp32 master weights, rounded once; all else is
+the model that the run started from. --upload sends the model, its card, curves and sample pictures
+to the hub (HF_ENDPOINT names another server): of a finished run the model in its folder, unless
+--to, --dtype or --out ask for an export; also of RUN/best and RUN/unets/step_*. Checkpoints are
+pickles: open only those of your own runs.
 """
 
 import argparse

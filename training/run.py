@@ -86,6 +86,13 @@ class Run:
                 return
             yield batch
 
+    @contextlib.contextmanager
+    def aside(self):
+        """What is done in it is no training: its time is that of no step."""
+        clock = time.monotonic()
+        yield
+        self.clock += time.monotonic() - clock
+
     def note(self, batch: dict, t, losses, err, err_ref, diagnostics: dict):
         """Remember a micro-step; nothing here waits for the GPU."""
         self.micro.append({"loss": losses.detach().mean(), **diagnostics})
