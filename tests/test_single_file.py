@@ -1,23 +1,28 @@
 """Single files: models in the original layout, read, trained, exported and read again."""
 
 import argparse
+import json
 import types
 
 import diffusers
 import pytest
 import torch
-from conftest import refusal
+from conftest import refusal, untimed
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from original import tensors, write
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import evaluate
 import model
+import train_inpo
 from lab import architectures
 from system import hub, single
 from system.files import ROOT
+from training import export, preview
 from weights import loading, original
 from weights.loading import load_pipeline
+from weights.modules import modules_of
 
 # -------------------------------------------------------------------------------------------------
 # The layout.
@@ -207,3 +212,101 @@ def test_a_weight_that_overflows_is_said(checkpoint, tmp_path):
         original.save, pipeline, "sdxl", tmp_path / "it.safetensors", torch.float16, "it"
     )
     assert "input_blocks.0.0.bias overflows" in sentence
+
+
+# -------------------------------------------------------------------------------------------------
+# The whole way: train on a file, export to a file, read that file here and in diffusers.
+
+
+@pytest.fixture(scope="module", params=["sdxl-epsilon", "sdxl-v_prediction", "sd15-epsilon"])
+def trained(request, checkpoint, command, tmp_path_factory):
+    """(kind, prediction, file, folder of a run of two steps that started from that file)."""
+    kind, prediction = request.param.split("-")
+    root, folder = tmp_path_factory.mktemp("trained"), str(checkpoint(kind, prediction))
+    marker = {"v_pred": torch.empty(0)} if prediction == "v_prediction" else {}
+    file = write(root / "my model.safetensors", load_pipeline(folder), torch.float16, **marker)
+    flags = {"model": file, "config": folder, "checkpoint_every": 1, "sample_every": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preview, "STEPS", 2)
+        train_inpo.main(command(root / "run", **flags))
+    return kind, prediction, file, root / "run"
+
+
+def export_to(run, out, *flags) -> str:
+    """The only single file of an export."""
+    export.main([str(run), "--to=single-file", f"--out={out}", *flags])
+    (file,) = out.glob("*.safetensors")
+    return str(file)
+
+
+def test_a_run_that_started_from_a_file_is_that_of_its_pipeline(
+    trained, checkpoint, command, tmp_path
+):
+    kind, prediction, file, run = trained
+    half = load_pipeline(str(checkpoint(kind, prediction))).to(torch.float16).to(torch.float32)
+    half.save_pretrained(tmp_path / "half")
+    train_inpo.main(command(tmp_path / "run", model=tmp_path / "half"))
+    assert untimed(tmp_path / "run") == untimed(run)
+    assert len(list((run / "samples").glob("step_*.png"))) == 2
+
+
+def test_an_export_read_again_is_the_pipeline_of_the_run(trained, tmp_path, capsys):
+    kind, prediction, file, run = trained
+    name = export_to(run, tmp_path / "fp32", "--dtype=fp32")
+    assert name.endswith("my model-inpo.safetensors")
+    assert "models/checkpoints of ComfyUI" in capsys.readouterr().out
+    said(name, config=str(run))
+    expected = load_pipeline(str(run))
+    found = load_pipeline(name)
+    assert model.identity(found) == model.identity(expected)
+    assert found.scheduler.config.prediction_type == prediction
+    pictures = [
+        model.sample(one, ["a red circle"], [3], steps=2, guidance=2.0)[0]
+        for one in (found, expected)
+    ]
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+    half = load_file(export_to(run, tmp_path / "fp16"))  # which is the default
+    for key, weight in load_file(name).items():
+        rounded = weight.half() if weight.is_floating_point() and weight.numel() else weight
+        assert torch.equal(half[key], rounded), key
+    evaluated = tmp_path / "evaluated"
+    models = [f"base={file}", f"aligned={name}"]
+    flags = ["--prompts", str(tmp_path / "two.txt"), "--scorers", "none", "--steps", "2"]
+    (tmp_path / "two.txt").write_text("a red circle\na blue circle\n")
+    where = ["--config", str(run), "--guidance", "2", "--out", str(evaluated)]
+    evaluate.main(["--models", *models, *flags, *where])
+    manifest = json.loads((evaluated / "images/two/aligned/manifest.json").read_text())
+    assert manifest["identity"] == model.identity(expected)
+
+
+def test_diffusers_reads_the_export_as_the_same_pipeline(trained, tmp_path):
+    """By its whole-pipeline reader. It takes one text encoder for the other where both are equally
+    wide, as those of the small checkpoints are: they are given."""
+    kind, prediction, _, run = trained
+    name = export_to(run, tmp_path / "out", "--dtype=fp32")
+    names = {"sdxl": "StableDiffusionXLPipeline", "sd15": "StableDiffusionPipeline"}
+    expected = getattr(diffusers, names[kind]).from_pretrained(run)
+    text = {k: x for k, x in expected.components.items() if kind == "sdxl" and "text_enc" in k}
+    found = getattr(diffusers, names[kind]).from_single_file(name, config=str(run), **text)
+    for part, module in modules_of(expected).items():
+        there = getattr(found, part).state_dict()
+        assert module.state_dict().keys() == there.keys()
+        assert all(torch.equal(there[key], x) for key, x in module.state_dict().items()), part
+    call = {"prompt": "a red circle", "num_inference_steps": 2, "output_type": "np"}
+    images = [
+        one(generator=torch.Generator().manual_seed(0), **call).images for one in (found, expected)
+    ]
+    assert (images[0] == images[1]).all()
+
+
+def test_a_lora_that_started_from_a_file_is_exported_merged(trained, command, checkpoint, tmp_path):
+    kind, prediction, file, _ = trained
+    flags = {"model": file, "config": checkpoint(kind, prediction), "checkpoint_every": 2}
+    train_inpo.main(command(tmp_path / "run", **flags, lora_rank=2))
+    name = export_to(tmp_path / "run", tmp_path / "out", "--dtype=fp32")
+    export.main([str(tmp_path / "run"), "--to=pipeline", f"--out={tmp_path / 'merged'}"])
+    said(name, config=str(flags["config"]))
+    merged = load_pipeline(str(tmp_path / "merged"))
+    assert model.identity(load_pipeline(name)) == model.identity(merged)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f'from_single_file("{file}")' in card

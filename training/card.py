@@ -39,6 +39,7 @@ def facts(args: argparse.Namespace, asked: dict, adapters: bool, pairs: int, wor
         "title": f"{hub.short_name(args.model)}-{args.method}" + ("-lora" if adapters else ""),
         "method": args.method,
         "base_model": names.get(args.model, args.model),
+        "architecture": hub.architecture(args.model),
         "unet": args.unet and names.get(args.unet, args.unet),
         "unet_subfolder": args.unet and hub.part_of(args.unet, "unet")[1],
         "adapters": adapters,
@@ -103,8 +104,7 @@ def loading(record: dict) -> str:
         place = quoted(record["unet"]) + (f", subfolder={quoted(subfolder)}" if subfolder else "")
         python += f"unet = diffusers.UNet2DConditionModel.from_pretrained({place})\n"
         given = ", unet=unet"
-    base = f"{quoted(record['base_model'])}{given}"
-    python += f"pipeline = diffusers.DiffusionPipeline.from_pretrained({base})\n"
+    python += f"{loading_base(record, given)}\n"
     if record["merged"]:
         python += f"pipeline.load_lora_weights({quoted(record['merged'])})\n"
         python += "pipeline.fuse_lora()\npipeline.unload_lora_weights()\n"
@@ -118,8 +118,16 @@ def loading_all(record: dict, kind: str) -> str:
     if kind == "pipeline":
         return f"{python}pipeline = diffusers.DiffusionPipeline.from_pretrained({place})"
     python += f"unet = diffusers.UNet2DConditionModel.from_pretrained({place})\n"
-    base = quoted(record["base_model"])
-    return f"{python}pipeline = diffusers.DiffusionPipeline.from_pretrained({base}, unet=unet)"
+    return python + loading_base(record, ", unet=unet")
+
+
+def loading_base(record: dict, given: str) -> str:
+    """The line that loads the model that training started from. given: further arguments."""
+    base, load = record["base_model"], "DiffusionPipeline.from_pretrained"
+    if base.endswith(".safetensors"):
+        (cls,) = [c for c, kind in hub.ARCHITECTURES.items() if kind == record["architecture"]]
+        load = f"{cls}.from_single_file"
+    return f"pipeline = diffusers.{load}({quoted(base)}{given})"
 
 
 def quoted(path: str) -> str:

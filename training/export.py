@@ -189,7 +189,9 @@ def main(argv: list[str] | None = None):
 def share(args: argparse.Namespace):
     """Upload the model that a folder is, or the export of a checkpoint."""
     there = upload.lying_in(args.path)
-    whole = there and args.to in (None, there.kind) and args.dtype == "fp32" and not args.out
+    whole = (
+        there and args.to in (None, there.kind) and args.dtype in (None, "fp32") and not args.out
+    )
     path = None if whole else find(args.path.resolve())
     upload.facts(there.run if whole else path.parent.parent)  # raises, before the hub is asked
     private = upload.prepare(args.upload, args.private)
