@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 READY_DEV := .venv/ready-dev
 
-.PHONY: demo circle test test-all lint table tune ablation bench full-size scale chaos fuzz clean
+.PHONY: demo circle test test-all lint table tune ablation bench full-size scale real chaos fuzz clean
 
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
@@ -71,6 +71,12 @@ full-size: $(READY)
 # Step time on 8 to 512 GPUs, computed.
 scale: $(READY)
 	$(BIN)/python -m lab.scale --report docs/speed.md
+
+# SDXL on a GPU: a short LoRA run and its judgement, in one file to send back, see docs/real.md;
+# make real REAL="--data mine.parquet"
+REAL ?=
+real: $(READY)
+	$(BIN)/python -m lab.real $(REAL)
 
 clean:
 	rm -rf .venv out/demo
