@@ -85,6 +85,7 @@ from lab import compare, expected, sending, taking
 from lab.study import TIED
 from system.files import ROOT, UserError, differences, read_json, write
 from system.lock import alone
+from system.processes import code_version
 from training import budget
 from training.folder import finished, read_metrics
 
@@ -258,12 +259,15 @@ def report(args: argparse.Namespace, state: State, failed: str = "") -> list[exp
     for name in results.get("sets", {}):
         pictures["pictures.png"] = judged / f"{name}.png"
     given, secret = sending.settings(state["settings"])
-    about = {"failed": failed, "settings": given | {"batch": state["batch"]}}
+    given |= {"batch": state["batch"], "code": code_version()}
+    about = {"failed": failed, "settings": given}
     about |= {"machine": state["machine"], "seconds": state["spent"], "cost": cost}
     about |= {"plan": {"bytes": state["memory"], "flops": state["flops"]}}
     about |= {key: facts[key] for key in ("win_rates", "scores", "pictures")}
     hidden = [*secret, str(args.out), str(args.scorer_folder or "")]
-    sending.pack(args.out, about, rows, lines, pictures, hidden)
+    logs = sorted(args.out.glob("*.log"), key=lambda file: file.stat().st_mtime)
+    log = logs[-1].read_text(errors="replace") if failed and logs else ""
+    sending.pack(args.out, about, rows, lines, pictures, hidden, log)
     return rows
 
 

@@ -3,7 +3,8 @@
     report.md      what was expected, what came out, and what a difference means
     report.json    the same, and all that it was made of
     metrics.jsonl  a line per step, as docs/run.md says; numbers alone
-    curves.png     these lines; SET.png: pictures before and after; samples.png: those of the run
+    log.txt        the end of what a program said, where one failed
+    curves.png     those lines; samples.png, pictures.png: of the run, and before and after
 
 Folders, the machine's name, its user and tokens are replaced in every text, see `nameless`.
 """
@@ -26,6 +27,7 @@ from system.hub import PRESETS
 from system.text import markdown, printable
 
 REPORT = "report.zip"
+LOG_LINES = 200
 NEVER_RUN = (
     "When this program was written it had **not yet been run on SDXL or SD1.5**: the ranges are "
     "computed, published by others, or measured on the tiny model of this repository, as the last "
@@ -192,9 +194,10 @@ def pack(
     lines: list[dict],
     pictures: dict[str, Path],
     secret: list[str],
+    log: str = "",
 ) -> Path:
     """Write report.zip, and report.md beside it. pictures: {name in the zip: file}; secret: words
-    that name something of the user's."""
+    that name something of the user's; log: what a program said that failed."""
     pictures = {name: file for name, file in pictures.items() if file.is_file()}
     listed = [
         {"what": row.what, "low": row.low, "high": row.high, "found": row.found, "why": row.why}
@@ -205,6 +208,8 @@ def pack(
         "report.json": json.dumps(about | {"rows": listed}, indent=2) + "\n",
         "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
     }
+    if log:
+        texts["log.txt"] = "\n".join(re.split(r"[\r\n]+", log)[-LOG_LINES:]) + "\n"
     texts = {name: nameless(printable(text, "\n"), secret) for name, text in texts.items()}
     with replacing(out / REPORT) as scratch, zipfile.ZipFile(scratch, "w") as file:
         for name, text in texts.items():

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -296,6 +297,37 @@ def test_this_machine_is_described_without_its_name():
     assert os.uname().nodename not in json.dumps(found)
 
 
+def test_what_is_downloaded_is_counted_first_and_is_what_the_programs_read(asked, monkeypatch):
+    """Files like those of stabilityai/stable-diffusion-xl-base-1.0."""
+    there = {
+        "model_index.json": 609, "sd_xl_base_1.0.safetensors": 6_940_000_000,
+        "scheduler/scheduler_config.json": 479, "tokenizer/merges.txt": 525_000,
+        "unet/config.json": 1680, "unet/diffusion_pytorch_model.safetensors": 10_300_000_000,
+        "unet/diffusion_pytorch_model.fp16.safetensors": 5_140_000_000, "unet/model.onnx": 7_000,
+        "vae/diffusion_pytorch_model.safetensors": 335_000_000,
+        "vae_1_0/diffusion_pytorch_model.safetensors": 335_000_000,
+        "text_encoder/model.safetensors": 492_000_000,
+        "text_encoder_2/model.safetensors": 2_780_000_000,
+    }  # fmt: skip
+    got = []
+
+    def snapshot(repository, allow_patterns, dry_run=False):
+        got.append((repository, dry_run))
+        files = there if "sdxl" not in repository and "Pick" not in repository else {}
+        files = [*huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns)]
+        cached = "text_encoder/model.safetensors"
+        return [SimpleNamespace(file_size=there[f], will_download=f != cached) for f in files]
+
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr(taking.huggingface_hub, "snapshot_download", snapshot)
+    args = asked("--model", "sdxl", "--scorers", "pickscore", "--data", "owner/pairs")
+    weights = 10_300_000_000 + 335_000_000 + 2_780_000_000
+    assert taking.missing(args) - taking.FILE == weights + 609 + 479 + 525_000 + 1680
+    taking.load_weights(args)
+    repositories = [hub.PRESETS["sdxl"], "madebyollin/sdxl-vae-fp16-fix", taking.scorers.PICKSCORE]
+    assert got == [(one, dry) for dry in (True, False) for one in repositories]
+
+
 # -------------------------------------------------------------------------------------------------
 # The pairs.
 
@@ -382,9 +414,10 @@ def programs(monkeypatch):
     """What is started; `fails`: the name of the program that fails."""
     found = SimpleNamespace(started=[], fails="")
 
-    def run(words, *_):
+    def run(words, log, *_):
         found.started.append(words[0])
         if words[0] == found.fails:
+            log.write_text("0%\r50%\rTraceback:\n  in /home/mallory/x\nout of memory\n")
             raise UserError(f"{words[0]} failed: out of memory in /home/mallory/x.")
 
     def check(args, _):
@@ -402,13 +435,16 @@ def test_the_same_command_resumes_at_the_phase_that_failed(asked, programs, caps
     programs.fails = "evaluate.py"
     said = refusal(real.run_all, args)
     assert "out of memory" in said and "report.zip" in said
-    text = packed(args.out)["report.md"]
-    assert "It did not finish" in text and "out of memory" in text and "mallory" not in text
+    texts = packed(args.out)
+    assert "It did not finish" in texts["report.md"] and "out of memory" in texts["report.md"]
+    assert "50%\nTraceback:\n  in PATH\nout of memory" in texts["log.txt"]
+    assert not any("mallory" in text for text in texts.values())
     assert programs.started == ["checks", "train_inpo.py", "evaluate.py"]
     programs.fails = ""
     real.run_all(args)
     assert programs.started[3:] == ["evaluate.py"]
-    assert "It did not finish" not in packed(args.out)["report.md"]
+    texts = packed(args.out)
+    assert "It did not finish" not in texts["report.md"] and "log.txt" not in texts
     real.run_all(args)
     assert programs.started[4:] == []
     said = capsys.readouterr().out
