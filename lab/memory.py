@@ -40,7 +40,15 @@ from loss import inpo_loss, squared_error
 from system.files import UserError, write
 from system.processes import join
 from training import lora
-from training.budget import GIB, build, encoders, random_inputs, step_memory, vae_peak
+from training.budget import (
+    GIB,
+    build,
+    encoders,
+    host_memory,
+    random_inputs,
+    step_memory,
+    vae_peak,
+)
 from training.plan import compute_dtype, read_ds_config
 from weights import loading
 
@@ -146,7 +154,8 @@ def page() -> str:
         sizes = (f"{size:.1f}" for size in memory.values())
         parts.append(f"| {number} | {' | '.join(sizes)} |")
     heads = [f"| row | {' | '.join(memory)} |", f"| ---: |{' ---: |' * len(memory)}"]
-    host = 20 * loading.count_parameters(CONFIGS["sdxl"]) / GIB
+    config = read_ds_config("configs/zero3-offload.json")
+    host = host_memory(loading.count_parameters(CONFIGS["sdxl"]), config)
     tables = {"recipes": "\n".join(recipes), "parts": "\n".join(heads + parts)}
     return PAGE.format(**tables, free=FREE, host=host)
 

@@ -417,3 +417,19 @@ def test_shared_memory_is_that_of_all_ranks_of_the_machine(argv, monkeypatch):
         monkeypatch.setenv(variable, "80")
         assert "and /dev/shm has 1 MB free" in refused(argv, True, workers=2)
         monkeypatch.delenv(variable)
+
+
+@pytest.mark.parametrize("name, size", [("zero3-offload", 20), ("zero2-offload", 18)])
+def test_the_plan_says_how_much_main_memory_offload_takes(name, size, argv, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    flags = {"ds_config": f"configs/{name}.json", "lr": 1e-5}
+    for more in ({}, {"lora_rank": 4}):
+        args = parse("", argv(**flags, **more))
+        found = plan.check(args)
+        rank = args.lora_rank
+        trained = lora.parameters(found.unet_config, rank, "attention") if rank else None
+        gib = budget.host_memory(trained or found.parameters, plan.read_ds_config(args.ds_config))
+        assert gib == pytest.approx(size * (trained or found.parameters) / 2**30)
+        assert f"; {gib:.0f} GiB of main memory" in plan.memory_in_words(args, found)
+    plain = parse("", argv())
+    assert "main memory" not in plan.memory_in_words(plain, plan.check(plain))

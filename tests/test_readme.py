@@ -5,16 +5,19 @@ import re
 import runpy
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from deepspeed.launcher import runner
+from safetensors.torch import save_file
 from torch.distributed import run as torchrun
 
 import loss
 from invert import ddim_invert
 from system.files import ROOT
 from system.hub import PICKAPIC
+from system.single import PARTS, UNET
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "configs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,8 +60,14 @@ class Understood(Exception):
 
 
 @pytest.mark.parametrize("words", PROGRAMS, ids=shlex.join)
-def test_a_command_is_understood_and_names_data_that_exist(words, monkeypatch):
+def test_a_command_is_understood_and_names_data_that_exist(words, monkeypatch, tmp_path):
     program, flags, ranks = started(words)
+    for file in [word for word in flags if word.endswith(".safetensors") and "=" not in word]:
+        monkeypatch.chdir(tmp_path)
+        Path(file).parent.mkdir()
+        names = [f"{prefix}x" for prefix in PARTS["sdxl"].values()]
+        first = {f"{UNET}input_blocks.0.0.weight": torch.zeros(1, 4, 1, 1)}
+        save_file({name: torch.zeros(1) for name in names} | first, file)
     parse_args = argparse.ArgumentParser.parse_args
 
     def stop(parser, *given):

@@ -319,6 +319,17 @@ def state(
     return {part: count / GIB for part, count in held.items()}
 
 
+def host_memory(trained: int, ds_config: dict) -> float:
+    """GiB of main memory that offload_optimizer takes, of all ranks together; 0 without it.
+
+    Bytes of a weight: 4 of the master weight, 8 of AdamW's moments, 4 of the gradient, 2 of the
+    copy in half precision that goes back; under ZeRO-3 2 more, of the gradient as it comes."""
+    zero = ds_config["zero_optimization"]
+    if zero.get("offload_optimizer", {}).get("device", "none") != "cpu":
+        return 0.0
+    return trained * (20 if zero["stage"] == 3 else 18) / GIB
+
+
 def encoders(architecture: str, dtype: torch.dtype, vae: torch.dtype) -> float:
     """GiB of the text encoders, in dtype, and of the VAE, in its own, of "sdxl" or "sd15"."""
     return (TEXT[architecture] * dtype.itemsize + VAE * vae.itemsize) / GIB

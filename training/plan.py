@@ -446,4 +446,10 @@ def memory_in_words(args: argparse.Namespace, plan: Plan) -> str:
     parts = budget.gpu_memory(args, plan, config, dtype)
     listed = ", ".join(f"{part} {size:.1f}" for part, size in parts.items() if size >= 0.05)
     precision = str(dtype).removeprefix("torch.")
-    return f"about {sum(parts.values()):.1f} GiB a GPU, {precision}: {listed}"
+    said = f"about {sum(parts.values()):.1f} GiB a GPU, {precision}: {listed}"
+    rank = budget.lora_rank(args)
+    trained = lora.parameters(plan.unet_config, rank, args.lora_targets) if rank else 0
+    host = budget.host_memory(trained or plan.parameters, config)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    offloaded = f"; {host:.0f} GiB of main memory over all ranks (here are {there:.0f})"
+    return said + (offloaded if host else "")
