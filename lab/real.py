@@ -264,7 +264,9 @@ def report(args: argparse.Namespace, state: State, failed: str = "") -> list[exp
     about |= {"machine": state["machine"], "seconds": state["spent"], "cost": cost}
     about |= {"plan": {"bytes": state["memory"], "flops": state["flops"]}}
     about |= {key: facts[key] for key in ("win_rates", "scores", "pictures")}
-    hidden = [*secret, str(args.out), str(args.scorer_folder or "")]
+    folders = [args.out, *filter(None, [args.scorer_folder])]
+    hidden = [*secret, *(str(path.absolute()) for path in folders)]
+    hidden += [str(path) for path in folders if "/" in str(path)]  # "run" is a word, too
     logs = sorted(args.out.glob("*.log"), key=lambda file: file.stat().st_mtime)
     log = logs[-1].read_text(errors="replace") if failed and logs else ""
     sending.pack(args.out, about, rows, lines, pictures, hidden, log)

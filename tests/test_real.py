@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 from conftest import png, refusal
 from PIL import Image
 
-from lab import expected, machine, real, sending, taking
+from lab import architectures, expected, machine, real, sending, taking
 from system import hub
 from system.files import ROOT, UserError
 from training.folder import read_metrics
@@ -554,9 +555,38 @@ def test_the_whole_command_on_both_layouts_resumes_after_a_kill(kind, checkpoint
 
 @pytest.mark.slow
 def test_the_tiny_model_is_inside_every_range(tmp_path):
-    flags = ["--model", "tiny", "--pairs", 192, "--steps", 24, "--out", tmp_path / "out"]
+    flags = ["--model", "tiny", "--pairs", 96, "--steps", 12, "--out", tmp_path / "out"]
     process = whole(*flags)
     said = process.communicate()[0].decode()
     assert process.returncode == 0, said
     assert "All 11 values that could be judged are inside their ranges." in said
     assert "| NO |" not in packed(tmp_path / "out")["report.md"]
+
+
+@pytest.mark.slow
+def test_sdxl_of_full_size_is_planned_and_a_gpu_that_is_too_small_is_refused(
+    checkpoint, asked, tmp_path, monkeypatch
+):
+    """Its configuration alone, without weights: nothing is loaded before the memory is checked."""
+    model = tmp_path / "sdxl"
+    shutil.copytree(checkpoint("sdxl"), model)
+    (model / "unet" / "config.json").write_text(json.dumps(architectures.CONFIGS["sdxl"]))
+    vae = json.loads((model / "vae" / "config.json").read_text())
+    vae["block_out_channels"] = [128, 256, 512, 512]  # a factor of 8
+    (model / "vae" / "config.json").write_text(json.dumps(vae))
+    args = asked("--model", str(model), "--prompts", "toy", "--scorers", "preference")
+    args.out.mkdir()
+    gpu = dict(GPU)
+    monkeypatch.setattr(taking, "about_machine", lambda: gpu)
+    found = taking.check(args, real.training_words)
+    assert found["large"] and found["batch"] == 4
+    assert 7 < found["memory"] / 2**30 < 11  # docs/small_sets.md: 8.2, and the stock VAE in fp32
+    # 12 pairs of 2 x (5.5 + 1 + 2) calls, and 8 pictures of 25 steps with guidance; 6,761 GFLOP
+    assert found["flops"]["training"] == pytest.approx(12 * 17 * 6.761e12, rel=0.01)
+    assert found["flops"]["pictures"] == pytest.approx(8 * 25 * 2 * 6.761e12, rel=0.01)
+    gpu["free"] = 6 * 2**30
+    assert "6.0 GiB free" in refusal(taking.check, args, real.training_words)
+    words = real.training_words(args, 10, True)
+    assert (
+        words[words.index("--lr") + 1] == "1e-4" and words[words.index("--micro-batch") + 1] == "1"
+    )
