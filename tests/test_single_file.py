@@ -218,7 +218,13 @@ def test_a_weight_that_overflows_is_said(checkpoint, tmp_path):
 # The whole way: train on a file, export to a file, read that file here and in diffusers.
 
 
-@pytest.fixture(scope="module", params=["sdxl-epsilon", "sdxl-v_prediction", "sd15-epsilon"])
+ALL = ["sdxl-v_prediction", "sd15-epsilon"]
+ALL += [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl-epsilon", "sd15-v_prediction")
+]
+
+
+@pytest.fixture(scope="module", params=ALL)
 def trained(request, checkpoint, command, tmp_path_factory):
     """(kind, prediction, file, folder of a run of two steps that started from that file)."""
     kind, prediction = request.param.split("-")
