@@ -240,10 +240,6 @@ BREAKS = [
     Break("single file: levels of the VAE's decoder in the other order", "original.py",
           "levels - 1 - int(level)", "int(level)",
           "test_single_file.py::test_what_is_written_is_the_table_by_hand"),
-    Break("single file: an upsampler behind no attention", "original.py",
-          "2 if attends else 1", "1",
-          "test_single_file.py::test_the_export_at_full_size_has_exactly_the_published_names_and_"
-          "shapes"),
     Break("single file: the text projection is not transposed", "original.py",
           'weights.pop("text_projection.weight").T', 'weights.pop("text_projection.weight")',
           "test_single_file.py::test_what_is_written_is_the_table_by_hand"),

@@ -31,6 +31,7 @@ from system.files import UserError
 from system.hub import layout_of, one_sentence
 from system.single import PARTS, architecture_of
 from weights.modules import modules_of
+from weights.names import original_name
 
 # -------------------------------------------------------------------------------------------------
 # Read.
@@ -71,14 +72,14 @@ def load_part(cls, file: str, part: str, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def save(pipeline: DiffusionPipeline, kind: str, file: Path, dtype: torch.dtype, title: str):
-    """Write a pipeline of that architecture, every weight in dtype, with what `single.scheduler_of`
-    and other programs read of its noise schedule. Raises UserError where a weight overflows."""
-    weights = tensors_of(modules_of(pipeline), kind)
+    """Write a pipeline of that architecture, every weight in dtype, which its modules take as well,
+    with what `single.scheduler_of` and other programs read of its noise schedule. Raises UserError
+    where a weight overflows."""
+    weights = tensors_of({k: m.to(dtype) for k, m in modules_of(pipeline).items()}, kind)
+    weights = {k: x.to(dtype) if x.is_floating_point() else x for k, x in weights.items()}
     for name, weight in weights.items():
-        if weight.is_floating_point():
-            weights[name] = weight.to(dtype)
-            if not weights[name].isfinite().all() and weight.isfinite().all():
-                raise UserError(f"{name} overflows in this precision; give --dtype fp32 or bf16.")
+        if not weight.isfinite().all():
+            raise UserError(f"{name} overflows in this precision; give --dtype fp32 or bf16.")
     schedule = pipeline.scheduler.config
     predicts_v = schedule.get("prediction_type") == "v_prediction"
     if predicts_v:
@@ -109,27 +110,6 @@ def tensors_of(modules: dict[str, torch.nn.Module], kind: str) -> dict[str, Tens
 
 Items = Iterator[tuple[str, Tensor]]
 
-RESNET = {
-    "norm1.": "in_layers.0.",
-    "conv1.": "in_layers.2.",
-    "time_emb_proj.": "emb_layers.1.",
-    "norm2.": "out_layers.0.",
-    "conv2.": "out_layers.3.",
-    "conv_shortcut.": "skip_connection.",
-}
-UNET_ENDS = {
-    "time_embedding.linear_1.": "time_embed.0.",
-    "time_embedding.linear_2.": "time_embed.2.",
-    "add_embedding.linear_1.": "label_emb.0.0.",
-    "add_embedding.linear_2.": "label_emb.0.2.",
-    "conv_in.": "input_blocks.0.0.",
-    "conv_norm_out.": "out.0.",
-    "conv_out.": "out.2.",
-    "mid_block.resnets.0.": "middle_block.0.",
-    "mid_block.attentions.0.": "middle_block.1.",
-    "mid_block.resnets.1.": "middle_block.2.",
-}
-
 
 def _replaced(name: str, table: dict[str, str]) -> str:
     """The name with its first part that stands in the table replaced."""
@@ -139,33 +119,10 @@ def _replaced(name: str, table: dict[str, str]) -> str:
     return name
 
 
-def unet_name(name: str, config: dict) -> str:
-    """The name of a UNet's tensor in the original layout, without prefix.
-
-    There the blocks of all levels are counted through: input_blocks.0 is the first convolution, and
-    each level has layers_per_block blocks (ResNet at .0, attention at .1), then the one that
-    samples down; going up each level has one more, and the last of them samples up as well."""
-    each = config["layers_per_block"] + 1
-    place = re.match(r"(down|up)_blocks\.(\d+)\.([a-z]+)\.(\d+)\.(.*)", name)
-    if place is None:
-        head = _replaced(name, UNET_ENDS)
-        resnet = re.match(r"(middle_block\.[02]\.)(.*)", head)
-        return resnet[1] + _replaced(resnet[2], RESNET) if resnet else head
-    side, level, kind, number, rest = place.groups()
-    first = each * int(level)
-    if kind == "downsamplers":
-        return f"input_blocks.{first + each}.0.op.{rest.removeprefix('conv.')}"
-    if kind == "upsamplers":
-        attends = config["up_block_types"][int(level)].startswith("CrossAttn")
-        return f"output_blocks.{first + each - 1}.{2 if attends else 1}.{rest}"
-    block = f"input_blocks.{first + int(number) + 1}" if side == "down" else None
-    block = block or f"output_blocks.{first + int(number)}"
-    return f"{block}.0.{_replaced(rest, RESNET)}" if kind == "resnets" else f"{block}.1.{rest}"
-
-
 def _unet(module: UNet2DConditionModel) -> Items:
     for name, tensor in module.state_dict().items():
-        yield unet_name(name, module.config), tensor
+        layer, kind = name.rsplit(".", 1)
+        yield f"{original_name(layer, module.config)}.{kind}", tensor
 
 
 VAE_ATTENTION = {"group_norm.": "norm.", "to_q.": "q.", "to_k.": "k.", "to_v.": "v."}
