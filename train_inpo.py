@@ -56,7 +56,7 @@ from loss import inpo_loss, kto_loss, sft_loss, squared_error
 from model import Denoiser
 from system import processes
 from system.lock import alone
-from training import cache, card, folder, guard, held_out, lora, preview, trackers
+from training import cache, card, folder, guard, held_out, lora, preview, quantized, trackers
 from training.held_out import HeldOut
 from training.latents import draw_timesteps, generators, latents
 from training.plan import Plan, asked, check, describe
@@ -165,11 +165,13 @@ def start_engine(pipeline, args: Namespace, ds_config: dict):
     """(policy in a DeepSpeed engine, frozen reference), both on the device, as is the pipeline.
 
     The reference is a copy of the UNet, under ZeRO-3 sharded as well; for LoRA the policy itself
-    without its adapters. SFT has none."""
+    without its adapters, --base-weights under both. SFT has none."""
     unet, adapters = pipeline.unet, lora.trains_adapters(args)
     reference = None if adapters or args.method == "sft" else copy.deepcopy(unet)
     if not adapters:
         unet.requires_grad_(True)
+    if args.base_weights:
+        quantized.quantize(unet, args.base_weights)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.compile:  # in place: names of weights stay

@@ -1,4 +1,4 @@
-"""Eight ways to train and the memory that each takes on a GPU: docs/memory.md, and a measurement.
+"""Ten ways to train and the memory that each takes on a GPU: docs/memory.md, and a measurement.
 
     python -m lab.memory                           # print the page
     python -m lab.memory --out docs/memory.md      # write it
@@ -39,7 +39,7 @@ from lab.bench import hardware
 from loss import inpo_loss, squared_error
 from system.files import UserError, write
 from system.processes import join
-from training import lora
+from training import lora, quantized
 from training.budget import (
     GIB,
     build,
@@ -66,10 +66,12 @@ class Row:
     micro_batch: int  # pairs
     ds_config: str
     lora_rank: int | None = None
+    base_weights: str | None = None
 
     def flags(self) -> str:
         """Of train_inpo.py."""
         adapters = f"--lora-rank {self.lora_rank} " if self.lora_rank else ""
+        adapters += f"--base-weights {self.base_weights} " if self.base_weights else ""
         rest = f"{adapters}--ds-config {self.ds_config}"
         return f"--model {self.model} --micro-batch {self.micro_batch} {rest}"
 
@@ -82,7 +84,8 @@ class Row:
             rest["vae"] = vae_peak(vae, pixels, pixels, self.micro_batch)
         return step_memory(
             config, read_ds_config(self.ds_config), torch.bfloat16, world=self.gpus,
-            micro_batch=self.micro_batch, rank=self.lora_rank, **rest,
+            micro_batch=self.micro_batch, rank=self.lora_rank, base_weights=self.base_weights,
+            **rest,
         )  # fmt: skip
 
 
@@ -95,6 +98,8 @@ ROWS = (
     Row(80, 1, "sdxl", 4, "ds_config.json"),
     Row(24, 8, "sdxl", 4, "configs/zero3.json"),
     Row(48, 8, "sdxl", 4, "ds_config.json"),
+    Row(12, 1, "sdxl", 1, "configs/zero1.json", lora_rank=64, base_weights="int8"),
+    Row(12, 1, "sdxl", 2, "configs/zero1.json", lora_rank=64, base_weights="nf4"),
 )
 
 # -------------------------------------------------------------------------------------------------
@@ -136,7 +141,36 @@ fragments are left out, so each row leaves at least {free:.0%} of its card free.
   Main memory then holds 18 (ZeRO-2) or 20 (ZeRO-3) bytes a weight, {host:.0f} GiB for SDXL under
   ZeRO-3.
 - On one GPU ZeRO-3 shards nothing; it serves for offload.
+
+## 12 GB, and 8
+
+SDXL at 1024 px, LoRA of rank 64, one pair a micro-batch, `configs/zero1.json`; GiB, computed:
+
+{small}
+
+A card of 12 GB has 11.2 GiB, one of 8 GB 7.5, and what is left out above has to fit as well. Of the
+UNet's 4.8 GiB in bf16 4.1 are linear layers of transformer blocks, which `--base-weights` keeps in
+8 or 4 bits; a product makes its W anew, of which the largest takes 0.1 GiB for a moment. Rank 8, as
+of `--recipe lora`, takes an eighth of the second column, `--cache-latents` takes the encoders away,
+`--sample-every 0` the pictures. What few bits do to the margin: [few_bits.md](few_bits.md).
 """
+
+
+def small_cards() -> str:
+    """The table of one row of SDXL under each kind of --base-weights."""
+    heads = "`--base-weights`", "weights", "adapters' gradients, optimizer", "activations"
+    lines = [f"| {' | '.join(heads)} | VAE, encoders | total |", f"| --- |{' ---: |' * 5}"]
+    for kind in (None, *quantized.KINDS):
+        parts = Row(12, 1, "sdxl", 1, "configs/zero1.json", 64, kind).memory()
+        sizes = [
+            parts["weights"],
+            parts["gradients"] + parts["optimizer"] + parts["buckets"],
+            parts["activations"] + parts["step"],
+            parts["vae"] + parts["encoders"],
+        ]
+        cells = " | ".join(f"{size:.1f}" for size in (*sizes, sum(sizes)))
+        lines.append(f"| {kind or 'not given: bf16'} | {cells} |")
+    return "\n".join(lines)
 
 
 def page() -> str:
@@ -145,6 +179,7 @@ def page() -> str:
     for number, row in enumerate(ROWS, 1):
         zero = read_ds_config(row.ds_config)["zero_optimization"]
         trained = f"LoRA, rank {row.lora_rank}" if row.lora_rank else "full"
+        trained += f", base in {row.base_weights}" if row.base_weights else ""
         offload = ", offload" if "offload_optimizer" in zero else ""
         card = f"{row.card} GB" if row.gpus == 1 else f"{row.gpus} of {row.card} GB"
         memory = row.memory()
@@ -157,7 +192,7 @@ def page() -> str:
     config = read_ds_config("configs/zero3-offload.json")
     host = host_memory(loading.count_parameters(CONFIGS["sdxl"]), config)
     tables = {"recipes": "\n".join(recipes), "parts": "\n".join(heads + parts)}
-    return PAGE.format(**tables, free=FREE, host=host)
+    return PAGE.format(**tables, small=small_cards(), free=FREE, host=host)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -165,7 +200,12 @@ def page() -> str:
 
 
 def two_steps(
-    unet_config: dict, ds_config: dict, micro_batch: int, lora_rank: int | None, device: str
+    unet_config: dict,
+    ds_config: dict,
+    micro_batch: int,
+    lora_rank: int | None,
+    device: str,
+    base_weights: str | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """The engine after two optimizer steps of two micro-steps, at random weights, on one rank.
 
@@ -181,6 +221,8 @@ def two_steps(
     reference = None if lora_rank else copy.deepcopy(unet).requires_grad_(False)
     if lora_rank:
         lora.attach(unet, lora_rank, lora_rank)
+    if base_weights:
+        quantized.quantize(unet, base_weights)
     unet.enable_gradient_checkpointing()
     trained = [weight for weight in unet.parameters() if weight.requires_grad]
     engine, *_ = deepspeed.initialize(model=unet, model_parameters=trained, config=ds_config)
@@ -213,7 +255,8 @@ def measure(number: int) -> dict:
         raise UserError("--measure: needs a GPU, and CUDA sees none.")
     ds_config, peak = read_ds_config(row.ds_config), None
     try:
-        two_steps(CONFIGS[row.model], ds_config, row.micro_batch, row.lora_rank, "cuda")
+        how = row.micro_batch, row.lora_rank, "cuda", row.base_weights
+        two_steps(CONFIGS[row.model], ds_config, *how)
         peak = torch.cuda.max_memory_allocated() / GIB
     except torch.OutOfMemoryError:
         pass  # the peak stays None

@@ -80,7 +80,7 @@ def test_a_measurement_is_a_line_of_json_beside_the_estimate(monkeypatch, capsys
     "argv, sentence",
     [
         (["--out=no/x.md"], "--out no/x.md: must be a file in a folder that exists."),
-        (["--measure=9"], "--measure 9: the rows are 1 to 8."),
+        (["--measure=11"], "--measure 11: the rows are 1 to 10."),
         (["--measure=8"], "--measure 8: needs 8 GPUs; rows of one can be measured."),
         (["--measure=1"], "--measure: needs a GPU, and CUDA sees none."),
     ],

@@ -40,7 +40,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from training import cache, lora
+from training import cache, lora, quantized
 from training.latents import inversion_calls, stratum
 
 GIB = 2**30
@@ -235,17 +235,25 @@ def kept_by_forward(unet, pairs: int, checkpointing: bool) -> tuple[int, int]:
 
 @functools.cache
 def _counted(
-    config: str, dtype: torch.dtype, rank: int | None, targets: str, checkpointing: bool
-) -> tuple[int, int, int]:
-    """(parameters, those of adapters, bytes of activations a pair); config: JSON."""
-    unet, adapters = build(json.loads(config), "meta", dtype), 0
+    config: str,
+    dtype: torch.dtype,
+    rank: int | None,
+    targets: str,
+    checkpointing: bool,
+    base_weights: str | None,
+) -> tuple[int, int, int, int]:
+    """(parameters, those of adapters, bytes of activations a pair, those that base_weights saves);
+    config: JSON."""
+    unet, adapters, saved = build(json.loads(config), "meta", dtype), 0, 0
     parameters = sum(weight.numel() for weight in unet.parameters())
     if rank:
         with torch.device("meta"):
             lora.attach(unet, rank, rank, targets)
         torch.nn.Module.to(unet, dtype)  # as the engine does; diffusers' own `to` warns
         adapters = sum(weight.numel() for weight in lora.trainable(unet).values())
-    return parameters, adapters, sum(kept_by_forward(unet, 1, checkpointing))
+    if base_weights:
+        saved = quantized.saved_bytes(unet, base_weights)
+    return parameters, adapters, sum(kept_by_forward(unet, 1, checkpointing)), saved
 
 
 # -------------------------------------------------------------------------------------------------
@@ -357,16 +365,21 @@ def step_memory(
     checkpointing: bool = True,
     rank: int | None = None,
     targets: str = "attention",
+    base_weights: str | None = None,
     encoders: float = 0.0,
     vae: float = 0.0,
 ) -> dict[str, float]:
     """GiB on each GPU, by part as listed above; no weight is loaded.
 
     The UNet's sample_size is the side of the latents. images: of a pair. rank, targets: of the
-    adapters, None for full fine-tuning. encoders, vae: GiB, from `encoders` and `vae_peak`."""
+    adapters, None for full fine-tuning. base_weights: a kind of quantized.py. encoders, vae: GiB,
+    from `encoders` and `vae_peak`."""
     config = json.dumps(unet_config, sort_keys=True, default=str)
-    parameters, adapters, pair = _counted(config, dtype, rank, targets, checkpointing)
+    parameters, adapters, pair, saved = _counted(
+        config, dtype, rank, targets, checkpointing, base_weights
+    )
     parts = state(parameters, ds_config, dtype, world, reference, adapters)
+    parts["weights"] -= saved / GIB
     parts["activations"] = micro_batch * images / 2 * pair / GIB
     backward = parts["buckets"] + parts["activations"]
     peak = max(backward, parts["step"])
@@ -394,7 +407,7 @@ def gpu_memory(args: Namespace, plan, ds_config: dict, dtype: torch.dtype) -> di
         plan.unet_config | {"sample_size": plan.latent}, ds_config, dtype, world=plan.world,
         micro_batch=args.micro_batch, images=images_per_pair(args.method),
         reference=args.method != "sft", checkpointing=args.gradient_checkpointing,
-        rank=lora_rank(args), targets=args.lora_targets,
+        rank=lora_rank(args), targets=args.lora_targets, base_weights=args.base_weights,
         encoders=resting, vae=working,
     )  # fmt: skip
 

@@ -116,6 +116,9 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--lora-start", choices=("continue", "merge"), default="continue",
         help="continue: train its adapters on, the reference is the model without them; merge: "
              "add it to the weights first, it is part of the reference, too")
+    add("--base-weights", choices=("int8", "nf4"),
+        help="keep the linear layers under the adapters in 8 or 4 bits, for small cards; of policy "
+             "and reference alike (nf4 takes the library bitsandbytes)")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=int, metavar="N", help="optimizer steps")
@@ -235,7 +238,18 @@ def check_flags(args: argparse.Namespace):
             "--buckets: with --compile each (height, width) would be compiled anew, and more of "
             "them than torch keeps; leave one of them out."
         )
-    if args.lora and args.lora_start == "continue" and args.lora_rank:
+    continued = args.lora and args.lora_start == "continue"
+    if args.base_weights and not (args.lora_rank or continued):
+        raise UserError(
+            f"--base-weights {args.base_weights}: has a meaning for adapters alone, whose base is "
+            "frozen; give --lora-rank 64, or leave it out."
+        )
+    if args.base_weights and args.compile:
+        raise UserError(
+            f"--base-weights {args.base_weights}: was not tried with --compile; leave one of them "
+            "out."
+        )
+    if continued and args.lora_rank:
         raise UserError(
             f"--lora-rank {args.lora_rank}: {args.lora} has its own rank; leave the flag out, or "
             "give --lora-start merge."

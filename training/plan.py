@@ -21,7 +21,7 @@ from sources import buckets
 from system.files import ROOT, UserError
 from system.hub import architecture, read_config
 from system.workers import check_open_files, check_shared_memory
-from training import advice, budget, cache, folder, held_out, lora, preview, trackers
+from training import advice, budget, cache, folder, held_out, lora, preview, quantized, trackers
 from training.flags import check_flags
 from training.latents import count_cells, inversion_calls
 from weights import loading
@@ -168,6 +168,13 @@ def check(args: argparse.Namespace) -> Plan:
     ds_config = read_ds_config(args.ds_config)
     trackers.check(args.ds_config, ds_config)
     ds_config = complete(ds_config, args, accumulation)
+    if args.base_weights:
+        if ds_config["zero_optimization"]["stage"] == 3:
+            raise UserError(
+                f"--base-weights {args.base_weights}: ZeRO-3 of {args.ds_config} shards weights, "
+                "and cannot shard these; take another --ds-config, such as configs/zero1.json."
+            )
+        quantized.check(args.base_weights)
     if args.compile and ds_config["zero_optimization"]["stage"] == 3:
         raise UserError(
             f"--compile: under ZeRO-3 of {args.ds_config} a UNet falls into dozens of graphs; "
@@ -372,7 +379,8 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
     released = " (released: Adafactor, which ZeRO would show flat partitions)" if adafactor else ""
     lines = {
         "model": f"{args.model} ({plan.architecture}), UNet of {plan.parameters / 1e6:,.1f} M "
-        f"parameters, {plan.resolution} px{f', LoRA of rank {rank}' if rank else ''}",
+        f"parameters, {plan.resolution} px{f', LoRA of rank {rank}' if rank else ''}"
+        f"{f' on a base in {args.base_weights}' if args.base_weights else ''}",
         "data": f"{args.data}, {len(plan.pairs):,} pairs without ties; the run sees {seen:,} "
         f"({seen / len(plan.pairs):.2f} epochs)",
         "read as": plan.pairs.description,
