@@ -56,7 +56,18 @@ from loss import inpo_loss, kto_loss, sft_loss, squared_error
 from model import Denoiser
 from system import processes
 from system.lock import alone
-from training import cache, card, folder, guard, held_out, lora, preview, quantized, trackers
+from training import (
+    adamw8bit,
+    cache,
+    card,
+    folder,
+    guard,
+    held_out,
+    lora,
+    preview,
+    quantized,
+    trackers,
+)
 from training.held_out import HeldOut
 from training.latents import draw_timesteps, generators, latents
 from training.plan import Plan, asked, check, describe
@@ -182,7 +193,7 @@ def start_engine(pipeline, args: Namespace, ds_config: dict):
         engine, *_ = deepspeed.initialize(
             model=unet,
             model_parameters=[weight for weight in unet.parameters() if weight.requires_grad],
-            config=ds_config,
+            **adamw8bit.arguments(ds_config),
             lr_scheduler=lambda optimizer: LambdaLR(
                 optimizer, lambda step: min(1.0, (step + 1) / max(1, args.warmup))
             ),

@@ -1,6 +1,7 @@
 """What a base in few bits costs and saves: bytes, time of a step, error of the margin.
 
-    python train_inpo.py --model tiny --recipe lora --data toy --out out/few-bits
+    python train_inpo.py --model tiny --recipe lora --method dpo --lr 2e-4 --steps 20 --data toy \\
+        --out out/few-bits
     python -m lab.few_bits out/few-bits                     # two cores, two minutes
 
 The LoRA of a run is put on its model, and the margin of each pair is taken four times: on the
@@ -45,6 +46,7 @@ from system import hub
 from training import lora, quantized
 from training.folder import read_record
 from training.latents import generators
+from training.plan import read_pairs
 from weights import loading
 
 BASES = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None)}
@@ -57,8 +59,8 @@ def micro_steps(settings: Namespace, count: int, device) -> tuple[list, str, tor
     pipeline = loading.load_pipeline(settings.model, settings.unet, settings.vae).to(device)
     abar, found = model.alphas_cumprod(pipeline), []
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    source = "out/toy/pairs.parquet" if settings.data == "toy" else settings.data
-    pairs = data.Pairs(data.read_pairs(source), side, settings.seed, "center", False, 0.0)
+    rows = read_pairs(Namespace(**vars(settings) | {"dry_run": False}))
+    pairs = data.Pairs(rows, side, settings.seed, "center", False, 0.0)
     for first in range(0, count, BATCH):
         numbers = range(first, min(first + BATCH, count))
         batch = data.collate([pairs[n] for n in numbers])

@@ -284,6 +284,12 @@ def _load(engine, path: Path, settings: dict, result_settings: Callable[[dict], 
         )
     stage, world, source = engine.zero_optimization_stage(), dist.get_world_size(), path
     if (facts["stage"], facts["world"]) != (stage, world):
+        if (facts["run"].get("ds_config.optimizer") or {}).get("type", "").lower() == "adamw8bit":
+            raise UserError(
+                f"{path}: was written by {facts['world']} rank(s) with ZeRO-{facts['stage']}, and "
+                f"AdamW8bit's moments cannot be converted for {world} with ZeRO-{stage}; resume as "
+                "it was."
+            )
         source = path.with_suffix(".universal") / "converted"
         print0(
             f"{path.name} was written by {facts['world']} rank(s) with ZeRO-{facts['stage']}; "

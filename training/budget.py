@@ -40,7 +40,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from training import cache, lora, quantized
+from training import adamw8bit, cache, lora, quantized
 from training.latents import inversion_calls, stratum
 
 GIB = 2**30
@@ -280,7 +280,8 @@ def state(
     offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
 
     # torch's foreach AdamW takes the root of the second moment; the fused one needs no room.
-    root = 0 if ds_config.get("optimizer", {}).get("params", {}).get("fused") else 4
+    fused = ds_config.get("optimizer", {}).get("params", {}).get("fused")
+    root = 0 if fused or adamw8bit.asked_for(ds_config) else 4
     # Bytes of a weight, of an accumulated gradient, and of one on its way to other ranks.
     size = accumulated = sent = dtype.itemsize
     if ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
@@ -296,7 +297,7 @@ def state(
         "weights": (parameters + adapters) * size,
         "reference": frozen * size,
         "gradients": (trained if stage == 1 else shard) * accumulated,
-        "optimizer": shard * 12,
+        "optimizer": shard * (4 + (adamw8bit.BYTES if adamw8bit.asked_for(ds_config) else 8)),
         "buckets": 0,
         "activations": 0,
         "step": shard * root,

@@ -21,7 +21,18 @@ from sources import buckets
 from system.files import ROOT, UserError
 from system.hub import architecture, read_config
 from system.workers import check_open_files, check_shared_memory
-from training import advice, budget, cache, folder, held_out, lora, preview, quantized, trackers
+from training import (
+    adamw8bit,
+    advice,
+    budget,
+    cache,
+    folder,
+    held_out,
+    lora,
+    preview,
+    quantized,
+    trackers,
+)
 from training.flags import check_flags
 from training.latents import count_cells, inversion_calls
 from weights import loading
@@ -175,6 +186,7 @@ def check(args: argparse.Namespace) -> Plan:
                 "and cannot shard these; take another --ds-config, such as configs/zero1.json."
             )
         quantized.check(args.base_weights)
+    adamw8bit.check(ds_config, args.ds_config)
     if args.compile and ds_config["zero_optimization"]["stage"] == 3:
         raise UserError(
             f"--compile: under ZeRO-3 of {args.ds_config} a UNet falls into dozens of graphs; "
