@@ -223,7 +223,8 @@ def find(name: str, what: str, *files: str) -> tuple[Path, str]:
         raise UserError(f"'{source}' is not a {what}: it has no {' or '.join(files)}.")
     if not exists and re.fullmatch(HUB_ID, source):
         return download(source, what, *files, here="there is no folder of that name here, and ")
-    found = f"it is {file_kind(path)}" if exists else "there is no folder of that name here"
+    bare = " that has no UNet in the original layout" * source.endswith(".safetensors")
+    found = f"it is {file_kind(path)}{bare}" if exists else "there is no folder of that name here"
     raise UserError(
         f"Unknown {what} '{name}': {found}; name a folder in diffusers layout, a single "
         f".safetensors file, a hub id like owner/name, or one of {', '.join(PRESETS)}."
