@@ -150,25 +150,28 @@ SDXL at 1024 px, LoRA of rank 64, one pair a micro-batch, `configs/zero1.json`; 
 
 A card of 12 GB has 11.2 GiB, one of 8 GB 7.5, and what is left out above has to fit as well. Of the
 UNet's 4.8 GiB in bf16 4.1 are linear layers of transformer blocks, which `--base-weights` keeps in
-8 or 4 bits; a product makes its W anew, of which the largest takes 0.1 GiB for a moment. Rank 8, as
-of `--recipe lora`, takes an eighth of the second column, `--cache-latents` takes the encoders away,
-`--sample-every 0` the pictures. What few bits do to the margin: [few_bits.md](few_bits.md).
+8 or 4 bits; a product makes its W anew, of which the largest takes 0.1 GiB for a moment. Rank 8 is
+that of `--recipe lora`; `--cache-latents` takes the encoders away, `--sample-every 0` the pictures.
+What few bits do to the margin: [few_bits.md](few_bits.md).
 """
 
 
 def small_cards() -> str:
     """The table of one row of SDXL under each kind of --base-weights."""
     heads = "`--base-weights`", "weights", "adapters' gradients, optimizer", "activations"
-    lines = [f"| {' | '.join(heads)} | VAE, encoders | total |", f"| --- |{' ---: |' * 5}"]
+    rest = "VAE, encoders | total | total of rank 8"
+    lines = [f"| {' | '.join(heads)} | {rest} |", f"| --- |{' ---: |' * 6}"]
     for kind in (None, *quantized.KINDS):
-        parts = Row(12, 1, "sdxl", 1, "configs/zero1.json", 64, kind).memory()
+        parts, small = (
+            Row(12, 1, "sdxl", 1, "configs/zero1.json", rank, kind).memory() for rank in (64, 8)
+        )
         sizes = [
             parts["weights"],
             parts["gradients"] + parts["optimizer"] + parts["buckets"],
             parts["activations"] + parts["step"],
             parts["vae"] + parts["encoders"],
         ]
-        cells = " | ".join(f"{size:.1f}" for size in (*sizes, sum(sizes)))
+        cells = " | ".join(f"{size:.1f}" for size in (*sizes, sum(sizes), sum(small.values())))
         lines.append(f"| {kind or 'not given: bf16'} | {cells} |")
     return "\n".join(lines)
 

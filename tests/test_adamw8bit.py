@@ -13,6 +13,7 @@ from training import budget
 EIGHT = {"type": "AdamW8bit", "params": ADAMW | {"eps": 1e-2}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, bf16", [(1, False), (2, True), (1, True)])
 def test_a_run_with_moments_in_8_bits_is_near_that_in_32_and_resumes_bitwise(
     argv, ds_config, tmp_path, checkpoint, monkeypatch, half, stage, bf16

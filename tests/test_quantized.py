@@ -143,7 +143,9 @@ def test_the_bytes_that_the_plan_counts_are_those_that_are_saved(checkpoint, kin
 # Runs.
 
 
-@pytest.mark.parametrize("kind, stage", [("int8", 1), ("nf4", 2)])
+@pytest.mark.parametrize(
+    "kind, stage", [("int8", 1), pytest.param("nf4", 2, marks=pytest.mark.slow)]
+)
 def test_a_run_is_that_on_rounded_weights_and_its_lora_is_for_the_models_own(
     argv, checkpoint, ds_config, rounded_base, tmp_path, kind, stage
 ):
