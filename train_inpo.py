@@ -42,7 +42,6 @@ if __name__ == "__main__":  # --help and wrong flags are answered before the sec
         check_flags(parse(__doc__))
 
 import copy
-import functools
 from argparse import Namespace
 
 import deepspeed
@@ -52,7 +51,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import data
 import model
-from loss import inpo_loss, kto_loss, sft_loss, squared_error
+from loss import squared_error
 from model import Denoiser
 from system import processes
 from system.lock import alone
@@ -70,6 +69,7 @@ from training import (
 )
 from training.held_out import HeldOut
 from training.latents import draw_timesteps, generators, latents
+from training.methods import OBJECTIVES, Errors
 from training.plan import Plan, asked, check, describe
 from training.prediction import checked
 from training.run import Run
@@ -79,6 +79,7 @@ from training.run import Run
 
 
 def train(args: Namespace, plan: Plan, stop: processes.Stop):
+    objective = OBJECTIVES[args.objective]
     pipeline = lora.load_start(args, plan.dtype)
     run = open_run(args, plan, pipeline, stop)
     engine, reference = start_engine(pipeline, args, plan.ds_config)
@@ -86,8 +87,7 @@ def train(args: Namespace, plan: Plan, stop: processes.Stop):
     predicts = pipeline.scheduler.config.prediction_type
     images, at_once = plan.images_per_pair, plan.world * args.micro_batch
     if plan.held_out is not None:
-        judge = functools.partial(objective, args)
-        run.held_out = HeldOut(args, plan, pipeline, engine, reference, judge)
+        run.held_out = HeldOut(args, plan, pipeline, engine, reference, objective)
     start = run.resume(engine)
     encoder = cache.open_encoder(args, plan, pipeline, run, engine, start)
     batches = run.timed(read_batches(args, plan, encoder.pairs, start))
@@ -119,7 +119,7 @@ def train(args: Namespace, plan: Plan, stop: processes.Stop):
             err = squared_error(policy(xt, t), tau)
 
             # 4. Prefer the winner by more than the reference does.
-            losses, diagnostics = objective(args, err, err_ref)
+            losses, diagnostics = objective.loss(args, Errors(err, err_ref))
 
             # 5. Backward; the engine steps at the accumulation boundary.
             engine.backward(losses.mean())
@@ -129,25 +129,6 @@ def train(args: Namespace, plan: Plan, stop: processes.Stop):
         run.save_if_due(engine, step + 1)
         run.show(engine, pipeline, step + 1)
     run.finish(engine, plan)
-
-
-def objective(args: Namespace, err, err_ref) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(losses, diagnostics) of the errors of a micro-step, winners first; SFT has winners alone."""
-    if args.method == "sft":
-        return sft_loss(err), {"err_winner": err.detach().mean()}
-    if args.method == "kto":
-        liked, disliked = 2 * args.liked_share, 2 * (1 - args.liked_share)  # their mean is 1
-        kl = reference_point(err_ref - err, liked, disliked)
-        return kto_loss(err, err_ref, args.beta, None, kl, liked, disliked)
-    return inpo_loss(err, err_ref, args.beta)  # of Diffusion-DPO, too
-
-
-def reference_point(g: torch.Tensor, liked: float, disliked: float) -> torch.Tensor:
-    """KTO's kl: the weighted mean of g = err_ref - err over the images of all ranks, at least 0."""
-    winner, loser = g.detach().chunk(2)
-    kl = (liked * winner + disliked * loser).mean() / 2
-    dist.all_reduce(kl)
-    return (kl / dist.get_world_size()).clamp(min=0)
 
 
 def open_run(args: Namespace, plan: Plan, pipeline, stop: processes.Stop) -> Run:
@@ -178,7 +159,8 @@ def start_engine(pipeline, args: Namespace, ds_config: dict):
     The reference is a copy of the UNet, under ZeRO-3 sharded as well; for LoRA the policy itself
     without its adapters, --base-weights under both. SFT has none."""
     unet, adapters = pipeline.unet, lora.trains_adapters(args)
-    reference = None if adapters or args.method == "sft" else copy.deepcopy(unet)
+    needed = OBJECTIVES[args.objective].reference
+    reference = copy.deepcopy(unet) if needed and not adapters else None
     if not adapters:
         unet.requires_grad_(True)
     if args.base_weights:
@@ -201,7 +183,7 @@ def start_engine(pipeline, args: Namespace, ds_config: dict):
     guard.skip_nonfinite_steps(engine)
     pipeline.register_modules(unet=engine.module)
     pipeline.to(engine.device)
-    if args.method == "sft":
+    if not needed:
         return engine, None
     if adapters:
         return engine, lora.AdapterOff(engine)

@@ -104,11 +104,6 @@ PANELS = [  # heading, y axis and its unit, value where policy == reference, (wh
       ("loser, ", LOSER, "err_loser - err_ref_loser")]),
 ]  # fmt: skip
 
-LOSSES = {  # where the loss is another one: its unit, its value where policy == reference
-    "kto": ("loss (1 - utility per image)", 0.5, "1/2"),
-    "sft": ("loss (squared error of winners)", None, ""),
-}
-
 
 def series(metrics: list[dict], keys: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of "key" or "key - key" on the lines where all of it is a finite number."""
@@ -125,8 +120,18 @@ def running_mean(y: np.ndarray, window: int) -> np.ndarray:
     return np.array([y[max(0, n - window) : n].mean() for n in range(1, len(y) + 1)])
 
 
-def curves(metrics: list[dict], path: str | Path, title: str = "", method: str = "inpo") -> None:
+LOSS = "nats per pair", (math.log(2), "log 2")  # of InPO: its unit, where policy == reference
+
+
+def curves(
+    metrics: list[dict],
+    path: str | Path,
+    title: str = "",
+    loss: tuple[str, tuple[float, str] | None] = LOSS,
+) -> None:
     """Draw the lines of metrics.jsonl into one PNG; a panel whose keys are missing says so.
+
+    loss: the unit of the loss, and its value and that in words where policy == reference.
 
     Faint points are single steps, lines their running mean over a tenth of the run. Dashed: the
     value where the policy is the reference, where a run starts: loss log 2 (KTO: 1/2; SFT has no
@@ -137,7 +142,7 @@ def curves(metrics: list[dict], path: str | Path, title: str = "", method: str =
     for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         heading, unit, limit, limit_name, lines = panel
         if heading == "Loss":
-            unit, limit, limit_name = LOSSES.get(method, (unit, limit, limit_name))
+            unit, (limit, limit_name) = f"loss ({loss[0]})", loss[1] or (None, "")
         for who, color, keys in lines:
             x, y = series(metrics, keys)
             window = max(1, len(y) // 10)

@@ -26,11 +26,11 @@ if __name__ == "__main__":
     parse()  # answers --help and wrong flags before the imports below, which take seconds
 
 import contextlib
-import math
 
 from evaluation import figures
 from system.files import UserError, read_json, read_log
 from training import folder
+from training.methods import loss_of
 from training.preview import is_score
 
 # Title, y axis and its unit, keys (see figures.series), value of the reference, whether averaged.
@@ -48,24 +48,23 @@ PANELS = [
     ("Judge's score", "mean over pictures", "judge", None, False),
     ("Judge's win rate", "share of pictures, over the start", "win_rate", (0.5, "start"), False),
 ]
-UNITS = {"inpo": "nats per pair", "dpo": "nats per pair", "kto": "1 - utility", "sft": "error"}
 ERRORS = [f"{kind}_{who}" for kind in ("err", "err_ref") for who in ("winner", "loser")]
 
 
-def read(run: Path) -> tuple[list[dict], str, str]:
-    """(lines, method, judge) of a run; a line has a step and the quantities of PANELS. Raises
-    UserError."""
+def read(run: Path) -> tuple[list[dict], tuple | None, str]:
+    """(lines, unit and start of the loss, judge) of a run; a line has a step and the quantities of
+    PANELS. Raises UserError."""
     if not run.is_dir():
         raise UserError(f"{run}: is no folder; name the folders of runs, as out/sdxl-inpo.")
-    lines, method = folder.read_metrics(run), ""
+    lines, loss = folder.read_metrics(run), None
     scores = read_log(run / "scores.jsonl", is_score)
     if not lines and not scores:
         raise UserError(
             f"{run}: holds no line of metrics.jsonl; it is not the folder of a run, or the run has "
             "not taken its first step."
         )
-    with contextlib.suppress(UserError):  # only the unit of the loss stands there
-        method = str(read_json(run / "run.json").get("method", ""))
+    with contextlib.suppress(UserError, KeyError):  # only the unit of the loss stands there
+        loss = loss_of(read_json(run / "run.json"))
     for line in lines:
         errors = [line.get(key) for key in ERRORS]
         if None not in errors and sum(errors[2:]) > 0:
@@ -73,7 +72,7 @@ def read(run: Path) -> tuple[list[dict], str, str]:
     for one in scores:
         lines.append({"step": one["step"], "judge": one["mean"], "win_rate": one.get("win_rate")})
     named = {one["scorer"] for one in scores}
-    return lines, method, ", ".join(sorted(named))
+    return lines, loss, ", ".join(sorted(named))
 
 
 def names(runs: list[Path]) -> list[str]:
@@ -87,21 +86,15 @@ def names(runs: list[Path]) -> list[str]:
     return found
 
 
-def unit_of_loss(methods: set[str]) -> str:
-    units = {UNITS.get(method, "") for method in methods}
-    return (
-        f"loss ({units.pop()})" if len(units) == 1 and units != {""} else "loss, each method's own"
-    )
-
-
-def panels_of(runs: dict[str, tuple[list[dict], str, str]]) -> list[dict]:
+def panels_of(runs: dict[str, tuple[list[dict], tuple | None, str]]) -> list[dict]:
     """The panels that some of the runs have something for, for figures.overlay."""
-    methods, judges = {run[1] for run in runs.values()}, {run[2] for run in runs.values()} - {""}
+    losses, judges = {run[1] for run in runs.values()}, {run[2] for run in runs.values()} - {""}
     panels = []
     for title, unit, keys, limit, smooth in PANELS:
         if keys.endswith("loss"):
-            unit = unit_of_loss(methods)
-            limit = (math.log(2), "log 2") if methods <= {"inpo", "dpo"} else None
+            (one, *others), unit, limit = losses, "loss, each method's own", None
+            if one and not others:
+                unit, limit = f"loss ({one[0]})", one[1]
         if keys == "judge":
             unit = f"mean of {judges.pop()}" if len(judges) == 1 else "mean, each run's own judge"
         lines = {name: figures.series(run[0], keys) for name, run in runs.items()}

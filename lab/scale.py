@@ -60,7 +60,8 @@ def inverting(path: str) -> list[int]:
     """UNet calls of the inversion, for each cell of t."""
     spacing, steps = PATHS[path]
     cells = range(steps if spacing == "uniform" else 1)
-    args = argparse.Namespace(inversion_spacing=spacing, inversion_steps=steps)
+    path = {"latents": "inversion", "inversion_spacing": spacing, "inversion_steps": steps}
+    args = argparse.Namespace(**path)
     return inversion_calls(args, cells)
 
 
@@ -69,7 +70,7 @@ def pair_flops(model: str, calls: list[int]) -> float:
     2 images x (calls x UNet + VAE) + a caption, where calls = inversion + 1 reference + 3 to train.
     """
     vae, text = ENCODERS[model]
-    each = sum(budget.calls_per_image("inpo", calls).values())
+    each = sum(budget.calls_per_image("dpo", calls).values())
     return 2 * (each * budget.call_flops(CONFIGS[model]) + vae) + text
 
 

@@ -43,13 +43,15 @@ class Variant:
     @property
     def settings(self) -> Namespace:
         """Those of train_inpo.py that `latents` reads."""
-        path = {"inversion_spacing": self.spacing, "inversion_steps": self.steps}
-        return Namespace(method="inpo", inverter="policy", eta=0.1, **path)
+        path = {"latents": "inversion", "inversion_spacing": self.spacing}
+        path = {"latents": "released"} if self.spacing == "released" else path
+        path |= {"objective": "dpo", "inversion_steps": self.steps}
+        return Namespace(inverter="policy", eta=0.1, **path)
 
     def calls(self) -> dict[str, float]:
         """UNet calls an image needs, by purpose; a backward counts two."""
         inverting = inversion_calls(self.settings, range(GRID))
-        return calls_per_image("inpo", inverting, lora.attached(self.policy))
+        return calls_per_image("dpo", inverting, lora.attached(self.policy))
 
     def seconds(self) -> list[float]:
         return [sum(parts.values()) for parts in self.parts]

@@ -97,7 +97,8 @@ def inversion_study() -> Study:
         return (30, 60, last) if last > 63 else (30, 60)
 
     def variant(name, flags, calls, eta=""):  # calls: mean, to invert an image
-        flags = f"--inversion-spacing {flags}" + (f" --eta {eta}" if eta else "")
+        flags = flags if flags.startswith("--") else f"--inversion-spacing {flags}"
+        flags += f" --eta {eta}" if eta else ""
         return Variant(name, flags, judged(2 * (calls + 4)), "eta 0" if eta == "0" else "eta 0.1")
 
     def log_sigma(steps, eta=""):
@@ -111,7 +112,7 @@ def inversion_study() -> Study:
         variant("uniform, 5 cells", "uniform --inversion-steps 5", 3),
         variant("uniform, 10 cells, eta 0", "uniform --inversion-steps 10", 5.5, "0"),
         *(log_sigma(steps, "0") for steps in (3, 4, 2, 6)),
-        variant("released", "released --inversion-steps 10", 6.4),
+        variant("released", "--latents released", 6.4),
         variant("log sigma, 3 calls, by the reference", f"{ours} --inverter reference", 3),
     ]
     return Study(variants, [10, 11, 12, 13, 14], images=8)

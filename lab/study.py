@@ -81,7 +81,7 @@ class Job:
     def calls_per_step(self) -> float:
         asked = parse_training("", self.commands()[0][1:])
         inverting = inversion_calls(asked, range(count_cells(asked)))
-        return budget.unet_calls(asked.method, asked.batch, inverting)
+        return budget.unet_calls(asked.objective, asked.batch, inverting)
 
     def judged(self) -> tuple[int, ...]:
         return self.variant.judged if self.variant else (0,)

@@ -96,16 +96,16 @@ class ByHand:
                 drawn = torch.randn(1, 4, 8, 8, generator=generator)
                 x0 = (posterior.mean + posterior.std * drawn) * self.pipe.vae.config.scaling_factor
                 noises.append(torch.randn(1, 4, 8, 8, generator=generator))
-                if args.method == "inpo":
+                if args.latents == "inversion":
                     inverter = policy if args.inverter == "policy" else self.start
                     xt, tau = self.inverted(predict, inverter, x0, t)
                 else:
-                    tau = noises[0] if args.method == "dpo" else noises[-1]
+                    tau = noises[0] if args.objective == "dpo" else noises[-1]
                     xt = self.abar[t].sqrt() * x0 + (1 - self.abar[t]).sqrt() * tau
-                if args.method != "sft":
+                if args.objective != "sft":
                     err_ref = ((predict(self.start, xt, t) - tau) ** 2).mean()
             errors.append((((predict(policy, xt, t) - tau) ** 2).mean(), err_ref))
-            if args.method == "sft":
+            if args.objective == "sft":
                 break
         return errors
 
@@ -131,10 +131,10 @@ class ByHand:
 
     def pair_losses(self, errors: list[list[tuple]]) -> list[Tensor]:
         beta, share = self.args.beta, self.args.liked_share
-        if self.args.method == "sft":
+        if self.args.objective == "sft":
             return [err for ((err, _),) in errors]
         g = [[ref - err for err, ref in pair] for pair in errors]
-        if self.args.method != "kto":
+        if self.args.objective != "kto":
             return [torch.log1p(torch.exp(-beta / 2 * (g_w - g_l))) for g_w, g_l in g]
         kl = sum(share * g_w.item() + (1 - share) * g_l.item() for g_w, g_l in g) / len(g)
         self.kls.append(kl := max(kl, 0.0))

@@ -58,13 +58,14 @@ class Alive(TorchDispatchMode):
 
 
 def test_unet_calls_are_those_of_the_design():
-    for method, pairs, adapters, calls in (
-        ("inpo", 1, False, 2 * (5.5 + 1 + 3)), ("inpo", 10, True, 20 * (5.5 + 1 + 2)),
-        ("dpo", 1, False, 2 * (1 + 3)), ("kto", 1, True, 2 * (1 + 2)),
-        ("sft", 1, False, 3), ("sft", 3, True, 3 * 2),
+    grid = range(1, 11)
+    for objective, inverting, pairs, adapters, calls in (
+        ("dpo", grid, 1, False, 2 * (5.5 + 1 + 3)), ("dpo", grid, 10, True, 20 * (5.5 + 1 + 2)),
+        ("dpo", [0], 1, False, 2 * (1 + 3)), ("kto", [0], 1, True, 2 * (1 + 2)),
+        ("sft", [0], 1, False, 3), ("sft", [0], 3, True, 3 * 2), ("sft", grid, 1, False, 8.5),
     ):  # fmt: skip
-        assert budget.unet_calls(method, pairs, range(1, 11), adapters) == calls
-    assert budget.unet_calls("inpo", 1, iter([1, 1, 4])) == 2 * (2 + 4)  # of the cells drawn
+        assert budget.unet_calls(objective, pairs, inverting, adapters) == calls
+    assert budget.unet_calls("dpo", 1, iter([1, 1, 4])) == 2 * (2 + 4)  # of the cells drawn
 
 
 # -------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import model
 import train_inpo
-from loss import kto_loss
-from training import budget, plan, preview, run
+from loss import dpo_loss, kto_loss
+from training import budget, methods, plan, preview, run
 from training.flags import parse
 from training.latents import draw_timesteps
 from training.recipes import recipe_of
@@ -58,8 +58,11 @@ def exported(out: Path, step: int) -> dict[str, torch.Tensor]:
         ({"method": "dpo"}, 1),
         ({"method": "kto", "strata": 10}, 2),
         ({"method": "sft", "beta": None}, 1),
+        ({"method": "kto", "latents": "inversion", "eta": 0}, 1),
+        ({"method": "inpo", "objective": "sft", "beta": None, "eta": 0}, 1),
     ],
-    ids=["inpo", "inpo-by-reference", "inpo-log-sigma-2-ranks", "dpo", "kto-2-ranks", "sft"],
+    ids=["inpo", "inpo-by-reference", "inpo-log-sigma-2-ranks", "dpo", "kto-2-ranks", "sft"]
+    + ["kto-on-inversion", "sft-on-inversion"],
 )
 def test_steps_of_each_method_equal_those_written_by_hand(
     flags, ranks, argv, tmp_path, ds_config, checkpoint
@@ -81,13 +84,63 @@ def test_steps_of_each_method_equal_those_written_by_hand(
     assert [line["loss"] for line in lines] == pytest.approx(hand.losses, rel=1e-4)
     assert abs(hand.losses[1] - hand.losses[0]) > 1e-4
     assert cost_of(out)["unet_calls"] == hand.calls and cost_of(out)["devices"] == ranks
-    if flags["method"] == "kto":
+    if flags == {"method": "kto", "strata": 10}:
         kls = [sum(hand.kls[:2]) / 2, sum(hand.kls[2:]) / 2]
         assert [line["kl"] for line in lines] == pytest.approx(kls, rel=1e-3)
         assert hand.kls[0] == hand.kls[1] == 0 and min(hand.kls[2:]) > 0.01
         alone = ByHand(command, ranks, kl_ranks=1)  # each rank's own reference point would be seen
         assert abs(alone.losses[1] - hand.losses[1]) > 0.01
         assert distance(alone.weights[1], hand.weights[1]) > 0.1 * moved
+
+
+# -------------------------------------------------------------------------------------------------
+# Latents and objectives are independent.
+
+
+def test_an_objective_of_ones_own_is_one_row(runs, argv, tmp_path, monkeypatch, capsys):
+    """A hinge on the margin, of beta: here, in --help, plan, card, curves and cost."""
+
+    def hinge(args, errors):
+        better = errors.err_ref - errors.err
+        margin = args.beta / 2 * (better.chunk(2)[0] - better.chunk(2)[1])
+        return (1 - margin).clamp(min=0), dpo_loss(errors.err, errors.err_ref, args.beta)[1]
+
+    row = methods.Objective("a hinge, beta {beta:g}", hinge, ("beta",), "inpo", "hinge", (1.0, "1"))
+    monkeypatch.setitem(methods.OBJECTIVES, "hinge", row)
+    command = argv(method="kto", objective="hinge", latents="inversion", lr=1e-3)
+    train_inpo.main(command)
+    said = capsys.readouterr().out
+    assert "Diffusion-KTO: a hinge, beta 500, on latents by inversion by the policy" in said
+    lines, record = metrics(tmp_path / "run"), json.loads((tmp_path / "run/run.json").read_text())
+    assert lines[0]["loss"] == pytest.approx(1, abs=1e-5) and lines[1]["loss"] != lines[0]["loss"]
+    assert {k: record[k] for k in ("latents", "objective", "liked_share", "eta")} == {
+        "latents": "inversion", "objective": "hinge", "liked_share": None, "eta": 0.1,
+    }  # fmt: skip
+    card = (tmp_path / "run/README.md").read_text()
+    assert "fine-tuned by a hinge, beta 500, on latents by inversion" in card
+    assert "-kto-inversion-hinge" in card
+    assert cost_of(tmp_path / "run")["unet_calls"] == cost_of(runs["inpo"].out)["unet_calls"]
+    with pytest.raises(SystemExit):
+        train_inpo.main(["--help"])
+    assert "hinge" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", ["sdxl", "sd15", "tiny"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cross_takes_the_flags_of_its_parts_from_the_methods_they_are_of(method, preset):
+    for latents in methods.LATENTS:
+        for objective in methods.OBJECTIVES:
+            found = recipe_of(preset, method, "published", latents, objective)
+            meant = {*methods.LATENTS[latents].flags, *methods.OBJECTIVES[objective].flags}
+            known = {flag for row in methods.LATENTS.values() for flag in row.flags}
+            known |= {flag for row in methods.OBJECTIVES.values() for flag in row.flags}
+            assert {flag for flag in known if found[flag] is not None} == meant
+            own = recipe_of(preset, method)
+            assert all(found[flag] == own[flag] for flag in own.keys() - known - {
+                "latents", "objective",
+            })  # fmt: skip
+            if (latents, objective) == (own["latents"], own["objective"]):
+                assert found == own
 
 
 # -------------------------------------------------------------------------------------------------
@@ -98,30 +151,31 @@ def test_steps_of_each_method_equal_those_written_by_hand(
 def two_ranks(monkeypatch):
     """A group of two ranks, in the other of which the mean of g is 0.5."""
     group = SimpleNamespace(all_reduce=lambda x: x.add_(0.5), get_world_size=lambda: 2)
-    monkeypatch.setattr(train_inpo, "dist", group)
+    monkeypatch.setattr(torch.distributed, "all_reduce", group.all_reduce)
+    monkeypatch.setattr(torch.distributed, "get_world_size", group.get_world_size)
 
 
 def test_reference_point_is_the_weighted_mean_over_all_ranks_and_at_least_0(two_ranks):
     g = torch.tensor([0.1, 0.3, -0.7, -0.1])  # winners first
-    point = train_inpo.reference_point(g, 1.6, 0.4)
+    point = methods.reference_point(g, 1.6, 0.4)
     assert point.item() == pytest.approx((0.8 * 0.2 + 0.2 * -0.4 + 0.5) / 2)
-    assert train_inpo.reference_point(g - 2, 1.6, 0.4) == 0
+    assert methods.reference_point(g - 2, 1.6, 0.4) == 0
     # The clamp is on the mean of all ranks, not of each.
-    assert train_inpo.reference_point(g - 0.4, 1, 1).item() == pytest.approx((-0.5 + 0.5) / 2)
-    assert train_inpo.reference_point(g - 0.2, 1, 1).item() == pytest.approx((-0.3 + 0.5) / 2)
+    assert methods.reference_point(g - 0.4, 1, 1).item() == pytest.approx((-0.5 + 0.5) / 2)
+    assert methods.reference_point(g - 0.2, 1, 1).item() == pytest.approx((-0.3 + 0.5) / 2)
 
 
 def test_liked_share_of_a_half_is_the_plain_mean(monkeypatch):
     group = SimpleNamespace(all_reduce=lambda x: None, get_world_size=lambda: 1)
-    monkeypatch.setattr(train_inpo, "dist", group)
+    monkeypatch.setattr(torch.distributed, "all_reduce", group.all_reduce)
+    monkeypatch.setattr(torch.distributed, "get_world_size", group.get_world_size)
     err, err_ref = torch.tensor([0.8, 0.7, 1.0, 1.1]), torch.ones(4)
-    args = SimpleNamespace(method="kto", liked_share=0.5, beta=3.0)
-    losses, stats = train_inpo.objective(args, err, err_ref)
+    kto, errors = methods.OBJECTIVES["kto"], methods.Errors(err, err_ref)
+    losses, stats = kto.loss(SimpleNamespace(liked_share=0.5, beta=3.0), errors)
     plain, _ = kto_loss(err, err_ref, 3.0)
     assert torch.allclose(losses, plain) and stats["kl"].item() == pytest.approx(0.1)
 
-    only_winners = SimpleNamespace(method="kto", liked_share=1.0, beta=3.0)
-    losses, stats = train_inpo.objective(only_winners, err, err_ref)
+    losses, stats = kto.loss(SimpleNamespace(liked_share=1.0, beta=3.0), errors)
     assert (losses[2:] == 0).all() and stats["kl"].item() == pytest.approx(0.25)
 
 
@@ -387,9 +441,9 @@ def test_a_folder_with_a_run_of_another_method_is_refused(runs, argv, capsys):
         # 50 steps x 8 pairs, and for each image ...
         ({"method": "inpo"}, "7,600", ["InPO"]),  # 800 x (5.5 + 1 + 3)
         ({"method": "inpo", "inversion_steps": 5, "inverter": "reference"}, "5,600", ["reference"]),
-        ({"method": "dpo"}, "3,200", ["Diffusion-DPO, beta 500"]),  # 800 x (1 + 3)
+        ({"method": "dpo"}, "3,200", ["Diffusion-DPO: pairwise loss, beta 500"]),  # 800 x (1 + 3)
         ({"method": "dpo", "strata": 10}, "3,200", ["Diffusion-DPO"]),
-        ({"method": "kto"}, "3,200", ["Diffusion-KTO, beta 500", "80%"]),
+        ({"method": "kto"}, "3,200", ["Diffusion-KTO: utility", "beta 500", "80%"]),
         ({"method": "sft", "beta": None}, "1,200", ["winners"]),  # 400 x 3
     ],
 )

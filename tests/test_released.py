@@ -49,7 +49,7 @@ def test_each_image_gets_what_the_script_makes_of_it_alone(cell):
 
 def test_a_batch_makes_the_calls_of_its_noisiest_image_and_these_are_counted():
     x0 = torch.randn(1, 3, 8, 8, generator=gen(0), dtype=torch.float64)
-    args = SimpleNamespace(inversion_spacing="released", inversion_steps=10)
+    args = SimpleNamespace(latents="released", inversion_steps=10)
     made, hit = [], 0
     for t in range(1000):
         calls = by_script(x0, t, gen(0))[2]

@@ -71,7 +71,7 @@ def test_ablation_changes_one_thing_at_a_time():
         differ = {key for key in recipe if asked[key] != recipe[key]} - {"out"}
         if variant.name == "random noise":
             path = {"inversion_spacing", "inversion_steps", "eta", "inverter"}
-            assert differ == path | {"method", "strata"}
+            assert differ == path | {"method", "latents", "strata"}
             assert asked["strata"] == recipe["inversion_steps"]
         else:
             assert len(differ) == (variant.name != "recipe"), variant

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data
+import loss
 import model
 import train_inpo
 from evaluation import figures
@@ -209,7 +210,7 @@ def test_all_ranks_take_the_same_number_of_unet_calls():
 def test_winners_come_first_from_file_to_loss(argv, monkeypatch):
     """Every winner in the file is light and every loser dark, whatever its label's side."""
     seen = []
-    true_encode, true_loss = model.encode_images, train_inpo.inpo_loss
+    true_encode, true_loss = model.encode_images, loss.dpo_loss
 
     def encode(pipeline, pixels, generator=None):
         seen.append(pixels.float().mean(dim=(1, 2, 3)) / 127.5 - 1)
@@ -220,7 +221,7 @@ def test_winners_come_first_from_file_to_loss(argv, monkeypatch):
         assert torch.equal(t[: len(t) // 2], t[len(t) // 2 :])  # shared by the pair
         return x0, x0
 
-    def loss(err, err_ref, beta):
+    def watched(err, err_ref, beta):
         winner, loser = err.chunk(2)  # |eps - x0|^2 with a bright or dark constant x0
         order.append((winner.detach(), loser.detach()))
         return true_loss(err, err_ref, beta)
@@ -232,7 +233,7 @@ def test_winners_come_first_from_file_to_loss(argv, monkeypatch):
     monkeypatch.setattr(model, "encode_images", encode)
     monkeypatch.setattr(model, "predict_noise", predict)
     monkeypatch.setattr(latents, "ddim_invert", invert)
-    monkeypatch.setattr(train_inpo, "inpo_loss", loss)
+    monkeypatch.setattr(loss, "dpo_loss", watched)
     monkeypatch.setattr(train_inpo, "checked", lambda batches, *_: batches)
     train_inpo.main(argv(steps=4))
     assert len(seen) == 8

@@ -42,14 +42,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import model
 from training import adamw8bit, cache, lora, quantized
 from training.latents import inversion_calls, stratum
+from training.methods import OBJECTIVES
 
 GIB = 2**30
 TOY = 10**8  # parameters of a UNet; with fewer its encoders are as small, and nobody plans memory
 
 
-def images_per_pair(method: str) -> int:
+def images_per_pair(objective: str) -> int:
     """How many images of a pair are trained on: SFT takes the winner alone."""
-    return 1 if method == "sft" else 2
+    return OBJECTIVES[objective].images
 
 
 def lora_rank(args: Namespace) -> int | None:
@@ -64,22 +65,23 @@ def lora_rank(args: Namespace) -> int | None:
 
 
 def calls_per_image(
-    method: str, inverting: Iterable[int] = (), adapters: bool = False
+    objective: str, inverting: Iterable[int] = (), adapters: bool = False
 ) -> dict[str, float]:
     """UNet calls of a training step on one image, by purpose. inverting: those of inversions, see
     latents.inversion_calls; their mean counts."""
-    calls = {"to invert": fmean(inverting)} if method == "inpo" else {}
-    if method != "sft":
+    inverting = list(inverting)
+    calls = {"to invert": fmean(inverting)} if any(inverting) else {}
+    if OBJECTIVES[objective].reference:
         calls["reference"] = 1
     return calls | {"to train": 2 if adapters else 3}
 
 
 def unet_calls(
-    method: str, pairs: int, inverting: Iterable[int] = (), adapters: bool = False
+    objective: str, pairs: int, inverting: Iterable[int] = (), adapters: bool = False
 ) -> float:
     """UNet calls of training on so many pairs."""
-    per_image = sum(calls_per_image(method, inverting, adapters).values())
-    return pairs * images_per_pair(method) * per_image
+    per_image = sum(calls_per_image(objective, inverting, adapters).values())
+    return pairs * images_per_pair(objective) * per_image
 
 
 def call_flops(config: dict, tokens: int = 77) -> float:
@@ -111,7 +113,7 @@ def work(args: Namespace, plan, cells: Iterable[int]) -> dict:
     """What the whole run has to do, over all ranks; with each cell once, what it is expected to."""
     pairs = args.steps * args.batch
     inverting = inversion_calls(args, cells)
-    calls = unet_calls(args.method, pairs, inverting, lora.trains_adapters(args))
+    calls = unet_calls(args.objective, pairs, inverting, lora.trains_adapters(args))
     flops = calls * mean_call_flops(plan)
     done = {"method": args.method, "steps": args.steps, "pairs": pairs}
     return done | {"unet_calls": round(calls), "flops": flops}
@@ -406,8 +408,8 @@ def gpu_memory(args: Namespace, plan, ds_config: dict, dtype: torch.dtype) -> di
         resting, working = 0.0, resting + working
     return step_memory(
         plan.unet_config | {"sample_size": plan.latent}, ds_config, dtype, world=plan.world,
-        micro_batch=args.micro_batch, images=images_per_pair(args.method),
-        reference=args.method != "sft", checkpointing=args.gradient_checkpointing,
+        micro_batch=args.micro_batch, images=images_per_pair(args.objective),
+        reference=OBJECTIVES[args.objective].reference, checkpointing=args.gradient_checkpointing,
         rank=lora_rank(args), targets=args.lora_targets, base_weights=args.base_weights,
         encoders=resting, vae=working,
     )  # fmt: skip

@@ -17,6 +17,8 @@ from huggingface_hub import ModelCardData
 from system import hub
 from system.files import ROOT, UserError, expanded, read_json
 from system.text import code, markdown
+from training.methods import describe
+from training.recipes import crossed
 
 METHODS = {
     "inpo": "DDIM-InPO (Lu et al., CVPR 2025, arXiv 2503.18454): the latents of winner and loser\n"
@@ -35,9 +37,12 @@ def facts(args: argparse.Namespace, asked: dict, adapters: bool, pairs: int, wor
     names = hub.PRESETS | {"tiny": "assets/tiny-sdxl"}
     argv = [word for word in sys.argv if not word.startswith("--local_rank")]
     versions = [f"{name} {version(name)}" for name in ("torch", "deepspeed", "diffusers")]
+    other = crossed(args)
     record = {
-        "title": f"{hub.short_name(args.model)}-{args.method}" + ("-lora" if adapters else ""),
+        "title": "-".join([hub.short_name(args.model), args.method, *other, *["lora"] * adapters]),
         "method": args.method,
+        "objective": args.objective,
+        "crossed": describe(args) if other else None,
         "base_model": names.get(args.model, args.model),
         "architecture": hub.architecture(args.model),
         "unet": args.unet and names.get(args.unet, args.unet),
@@ -143,7 +148,8 @@ def origin(record: dict) -> str:
     if record["merged"]:
         also = " and" if record["unet"] else ""
         start += f"{also} with the LoRA {code(record['merged'])} merged into it"
-    sentence = f"{start}, fine-tuned by {METHODS[record['method']]}."
+    method = record.get("crossed") or METHODS[record["method"]]
+    sentence = f"{start}, fine-tuned by {method}."
     if not record["adapters"]:
         return sentence
     whose = "" if record["unet"] else "the UNet of "

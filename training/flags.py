@@ -8,7 +8,15 @@ from evaluation.published import TITLES
 from system.files import UserError
 from system.hub import add_model_flags, check_local, check_pairs, say, short_name
 from system.program import Parser
-from training.recipes import INVERSION_STEPS, METHODS, NAMES, recipe_of, recipe_table
+from training.methods import LATENTS, OBJECTIVES
+from training.recipes import (
+    INVERSION_STEPS,
+    METHODS,
+    NAMES,
+    crossed,
+    recipe_of,
+    recipe_table,
+)
 
 
 def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -20,6 +28,8 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     first.add_argument("--lora")
     first.add_argument("--lora-start", default="continue")
     first.add_argument("--inversion-spacing")
+    first.add_argument("--latents", choices=LATENTS)
+    first.add_argument("--objective", choices=OBJECTIVES)
     known = first.parse_known_args(argv)[0]
 
     parser = Parser("train_inpo.py", description, epilog=recipe_table())
@@ -85,25 +95,30 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--recipe", choices=NAMES, default="published",
         help="the defaults of this page: published, or lora, adapters for some hundreds or "
              "thousands of pairs on one card; any flag overrides its own")
+    add("--latents", choices=LATENTS,
+        help="where xt comes from, in place of the method's own: DDIM inversion; inversion as the "
+             "released script does it, with its faults, to compare with; or forward noise")
+    add("--objective", choices=OBJECTIVES,
+        help="the loss, in place of the method's own: the pairwise one of InPO and Diffusion-DPO, "
+             "Diffusion-KTO's, or the denoising error of the winners")
     add("--beta", type=float,
         help="how strongly the policy is held to the reference, per mean squared error; a larger "
              "one moves less")
-    add("--inversion-spacing", choices=("uniform", "log-sigma", "released"),
-        help="inpo: the inversion's path: the paper's, by the cells of a uniform grid; ours, even "
-             "in log sigma, with the same number of UNet calls for every t; or the released "
-             "script's, with its faults, to compare with")
+    add("--inversion-spacing", choices=INVERSION_STEPS,
+        help="inversion: the path: the paper's, by the cells of a uniform grid; or ours, even in "
+             "log sigma, with the same number of UNet calls for every t")
     add("--inversion-steps", type=int, metavar="N",
-        help="inpo: cells of the uniform grid over all timesteps, which they must divide "
+        help="inversion: cells of the uniform grid over all timesteps, which they must divide "
              f"({INVERSION_STEPS['uniform']} if not given); or UNet calls of the log-sigma path "
              f"({INVERSION_STEPS['log-sigma']})")
     add("--eta", type=float,
-        help="inpo: noise injected while inverting, from 0 (none) to 1 (DDPM's)")
-    add("--inverter", choices=("policy", "reference"), help="inpo: the model that inverts")
+        help="inversion: noise injected while inverting, from 0 (none) to 1 (DDPM's)")
+    add("--inverter", choices=("policy", "reference"), help="inversion: the model that inverts")
     add("--liked-share", type=float, metavar="P",
         help="kto: weight of the liked images, 0 to 1; the disliked ones have the rest")
     add("--strata", type=int, metavar="N",
-        help="dpo, kto, sft: cells of the timesteps; all pairs of a micro-step draw theirs in one "
-             "cell (for inpo these are the inversion's)")
+        help="noise: cells of the timesteps; all pairs of a micro-step draw theirs in one cell "
+             "(for inversion these are the path's)")
 
     add = parser.add_argument_group("adapters (the reference is the UNet without them)")
     add = add.add_argument
@@ -161,13 +176,15 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     # fmt: on
 
-    parser.set_defaults(**recipe_of(known.model, known.method, known.recipe))
+    cross = known.latents, known.objective
+    parser.set_defaults(**recipe_of(known.model, known.method, known.recipe, *cross))
     if known.lora and known.lora_start == "continue":  # it has a rank of its own
         parser.set_defaults(lora_rank=0)
-    if known.method == "inpo" and known.inversion_spacing in INVERSION_STEPS:
+    if known.inversion_spacing in INVERSION_STEPS:
         parser.set_defaults(inversion_steps=INVERSION_STEPS[known.inversion_spacing])
     args = parser.parse_args(argv)
-    name = f"{short_name(args.model)}-{args.method}{'-lora' if args.recipe == 'lora' else ''}"
+    words = [short_name(args.model), args.method, *crossed(args)]
+    name = "-".join([*words, "lora"] if args.recipe == "lora" else words)
     args.out = Path(args.out or f"out/{name}")
     args.judge = args.judge or ("preference" if args.data == "toy" else "none")
     args.judge = None if args.judge == "none" else args.judge
@@ -210,10 +227,14 @@ def check_flags(args: argparse.Namespace):
     for path in filter(None, (args.model, args.unet, args.vae, args.lora)):
         check_local(path)
     say(args.model, args)
-    for flag, default in recipe_of(args.model, args.method).items():
+    cross = args.latents, args.objective
+    for flag, default in recipe_of(args.model, args.method, "published", *cross).items():
         if default is None and flag != "vae" and getattr(args, flag) is not None:
             name = flag.replace("_", "-")
-            raise UserError(f"--{name}: has no meaning for --method {args.method}.")
+            raise UserError(
+                f"--{name}: has no meaning for --method {args.method} with latents by "
+                f"{args.latents} and the objective {args.objective}."
+            )
     for flag, (low, high) in RANGES.items():
         value = getattr(args, flag)
         if value is not None and not low <= value <= high:

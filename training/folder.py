@@ -67,6 +67,12 @@ def result_settings(settings: dict) -> dict:
     kept = {k: v for k, v in settings.items() if k not in MAY_CHANGE and k != "ds_config"}
     if kept.get("inversion_steps"):  # runs of before had no other path
         kept.setdefault("inversion_spacing", "uniform")
+    if "method" in kept and "latents" not in kept:  # which they had as a third path
+        old = kept.get("inversion_spacing") == "released"
+        inverted = "released" if old else "inversion"
+        kept["latents"] = inverted if kept["method"] == "inpo" else "noise"
+        kept["inversion_spacing"] = None if old else kept.get("inversion_spacing")
+        kept["objective"] = {"inpo": "dpo"}.get(kept["method"], kept["method"])
     older = {"buckets": 0, "true_sizes": False, "stream": 0}  # squares, of a copy
     older |= {"prediction_type": None, "zero_snr": False}  # as scheduler_config.json has it
     kept = older | kept

@@ -49,6 +49,7 @@ from system.files import UserError, read_json, warn_once, write
 from system.processes import on_main, print0
 from training import cache
 from training.latents import generators, inversion_calls, latents
+from training.methods import OBJECTIVES, Errors, Objective
 
 GROUPS, PLACES, POSTERIOR, NOISE = 104, 105, 106, 107  # keep the random streams of one seed apart
 COUNT, EACH = 256, 4  # places at most, and for each pair where these are fewer
@@ -185,7 +186,8 @@ def calls(args: Namespace, plan) -> int:
     """UNet calls of a measurement, over all ranks."""
     places = len(layout(args.seed, count(args, plan), plan.strata, plan.timesteps)[0])
     inverting = fmean(inversion_calls(args, range(plan.strata)))
-    return round(places * plan.images_per_pair * (inverting + (1 if args.method == "sft" else 2)))
+    scored = 2 if OBJECTIVES[args.objective].reference else 1
+    return round(places * plan.images_per_pair * (inverting + scored))
 
 
 @dataclasses.dataclass
@@ -200,9 +202,9 @@ class Batch:
 
 
 class HeldOut:
-    """The held-out pairs of a run. objective(err, err_ref) -> (losses, diagnostics): training's."""
+    """The held-out pairs of a run. objective: training's."""
 
-    def __init__(self, args: Namespace, plan, pipeline, engine, reference, objective: Callable):
+    def __init__(self, args: Namespace, plan, pipeline, engine, reference, objective: Objective):
         self.args, self.plan, self.pipeline = args, plan, pipeline
         self.engine, self.reference, self.objective = engine, reference, objective
         self.abar = model.alphas_cumprod(pipeline)
@@ -235,10 +237,11 @@ class HeldOut:
             warn_once("all held-out pairs are broken; nothing is logged of them.")
             return {"loss": math.nan, "start": None}
         err_ref = None if self.reference is None else err_ref
-        losses, found = self.objective(err, err_ref)
+        losses, found = self.objective.loss(self.args, Errors(err, err_ref))
         values = {"loss": losses.mean().item(), "start": None}
         if err_ref is not None:
-            values["start"] = self.objective(err_ref, err_ref)[0].mean().item()
+            start = self.objective.loss(self.args, Errors(err_ref, err_ref))[0]
+            values["start"] = start.mean().item()
         shown = {k: found[k].item() for k in ("implicit_accuracy", "margin") if k in found}
         return values | shown
 

@@ -1,9 +1,9 @@
-"""Where xt and tau come from: the latent source of each method, and all that is random about it.
+"""Where xt and tau come from: the latent sources, and all that is random about them.
 
-    inpo             DDIM inversion of each image, by the policy or by the reference: on a path of
-                     invert.py, or as the released script inverts (`released`, to compare with)
-    dpo              forward noise, one noise for winner and loser
-    kto, sft         forward noise, one noise for each image
+    inversion        DDIM inversion of each image, by the policy or by the reference, on a path of
+                     invert.py
+    released         inversion as the released script does it, to compare with
+    noise            forward noise, one for each image; of a pairwise objective one for each pair
 
 Randomness is a function of (seed, number of the pair n), and for the cell of t of (seed, micro-step
 of the pair): a run resumes by index, and does not depend on the number of ranks as long as
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from invert import add_noise, ddim_invert, ddim_step, implied_noise, randn_like
+from training.methods import OBJECTIVES
 
 STRATUM, TIME, NOISE = 101, 102, 103  # keep the random streams of one seed apart
 
@@ -27,14 +28,14 @@ def latents(args: Namespace, policy, frozen, x0, t, abar, noise) -> tuple[Tensor
 
     policy, frozen: eps_fn(x, t) of invert.py. x0: (B, C, h, w) clean latents, winners first. t:
     (B,) int64. noise: a generator per image."""
-    if args.method == "inpo":
+    if args.latents != "noise":
         inverter = policy if args.inverter == "policy" else frozen
         path = args.inversion_steps, args.eta, noise
-        if args.inversion_spacing == "released":
+        if args.latents == "released":
             return released(inverter, x0, t, abar, *path)
         return ddim_invert(inverter, x0, t, abar, *path, args.inversion_spacing)
     tau = randn_like(x0, noise)
-    if args.method == "dpo":
+    if OBJECTIVES[args.objective].pairwise:
         tau = tau.chunk(2)[0].repeat(2, 1, 1, 1)
     return add_noise(x0, tau, abar[t]), tau
 
@@ -62,7 +63,7 @@ def released(eps_fn, x0: Tensor, t: Tensor, abar: Tensor, steps: int, eta: float
 def count_cells(args: Namespace) -> int:
     """Cells of the timesteps, one for all pairs of a micro-step: those of the uniform grid, where
     the cell decides the number of UNet calls. Elsewhere --strata, or one: each pair's t is free."""
-    if args.inversion_spacing in ("uniform", "released"):
+    if args.latents == "released" or args.inversion_spacing == "uniform":
         return args.inversion_steps
     return args.strata or 1
 
@@ -70,11 +71,11 @@ def count_cells(args: Namespace) -> int:
 def inversion_calls(args: Namespace, cells: Iterable[int]) -> list[int]:
     """UNet calls to invert an image to a t of each of these cells."""
     calls = {
-        None: lambda k: 0,  # a baseline
+        "noise": lambda k: 0,
+        "released": lambda k: min(k + 2, args.inversion_steps),
         "uniform": lambda k: k + 1,
         "log-sigma": lambda k: args.inversion_steps,
-        "released": lambda k: min(k + 2, args.inversion_steps),
-    }[args.inversion_spacing]
+    }[args.inversion_spacing if args.latents == "inversion" else args.latents]
     return list(map(calls, cells))
 
 

@@ -29,12 +29,14 @@ from training import (
     folder,
     held_out,
     lora,
+    methods,
     preview,
     quantized,
     trackers,
 )
 from training.flags import check_flags
 from training.latents import count_cells, inversion_calls
+from training.recipes import TITLES
 from weights import loading
 
 # -------------------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def check(args: argparse.Namespace) -> Plan:
     timesteps = loading.read_scheduler(args.model).config.num_train_timesteps
     strata = count_cells(args)
     if timesteps % strata:
-        flag = "--inversion-steps" if args.method == "inpo" else "--strata"
+        flag = "--strata" if args.latents == "noise" else "--inversion-steps"
         raise UserError(
             f"{flag} {strata}: must divide the model's {timesteps} timesteps, so that the cells of "
             "the grid are equally likely."
@@ -248,7 +250,7 @@ def check(args: argparse.Namespace) -> Plan:
         factor=factor,
         timesteps=timesteps,
         resolution=resolution,
-        images_per_pair=budget.images_per_pair(args.method),
+        images_per_pair=budget.images_per_pair(args.objective),
         strata=strata,
         pairs=pairs,
         order=order,
@@ -370,17 +372,10 @@ def read_pairs(args: argparse.Namespace):
 
 def describe(args: argparse.Namespace, plan: Plan) -> str:
     """The plan in words. A UNet call is a forward of one image; a backward counts as two."""
-    objective = {
-        "inpo": "InPO, beta {beta:g}, inversion by the {inverter} on a {inversion_spacing} path of "
-        "{inversion_steps}, eta {eta:g}",
-        "dpo": "Diffusion-DPO, beta {beta:g}",
-        "kto": "Diffusion-KTO, beta {beta:g}, {liked_share:.0%} of the weight on liked images",
-        "sft": "denoising error of the winners",
-    }[args.method].format(**{key: value or 0 for key, value in vars(args).items()})
     seen, rank, cells = args.steps * args.batch, budget.lora_rank(args), range(plan.strata)
     work = budget.work(args, plan, cells)
     inverting = inversion_calls(args, cells)
-    calls = budget.calls_per_image(args.method, inverting, lora.trains_adapters(args))
+    calls = budget.calls_per_image(args.objective, inverting, lora.trains_adapters(args))
     takes = " + ".join(f"{count:g} {purpose}" for purpose, count in calls.items())
     held, count = args.held_out, 0 if plan.held_out is None else len(plan.held_out)
     held = f"{held}, {count:,} pairs" if count else held and f"about {held:.2%} of the pairs"
@@ -404,7 +399,7 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
         f"{plan.ds_config['optimizer']['type']}{released}, "
         f"ZeRO-{plan.ds_config['zero_optimization']['stage']}, "
         f"{str(plan.dtype).removeprefix('torch.')}",
-        "objective": objective,
+        "method": f"{TITLES[args.method]}: {methods.describe(args)}",
         "UNet calls": f"an image takes {takes}; {work['unet_calls']:,} in all, "
         f"{work['flops']:.2e} FLOPs",
         "time": budget.time_in_words(work["flops"], plan.world) if large else "",
@@ -431,7 +426,7 @@ def warnings(args: argparse.Namespace, plan: Plan) -> Iterator[str]:
             "the published SD1.5 run starts from SFT on the winners; train one with --method sft, "
             "and give its folder as --unet."
         )
-    if args.method == "inpo" and plan.world > 1 and plan.accumulation < plan.strata:
+    if args.latents != "noise" and plan.world > 1 and plan.accumulation < plan.strata:
         yield (
             f"an update sees {plan.accumulation} of the {plan.strata} cells of timesteps, one a "
             "micro-step; fewer GPUs or a smaller --micro-batch let it see more."

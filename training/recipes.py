@@ -1,9 +1,11 @@
 """Recipes: the published ones for SDXL and SD1.5, one for two CPU cores, and adapters for a small
 set on one card."""
 
+from argparse import Namespace
 from typing import Any
 
 from system.hub import PICKAPIC, PRESETS, architecture
+from training.methods import LATENTS, OBJECTIVES
 
 # A flag that is None has no meaning for the method (but --vae: the pipeline's own). The tiny
 # numbers of the baselines are tuned like InPO's, see docs/tune.md.
@@ -11,6 +13,8 @@ RECIPES = {  # of InPO, flag:     SDXL         SD1.5      tiny
     "vae": ("madebyollin/sdxl-vae-fp16-fix", None, None),
     "data": (PICKAPIC, PICKAPIC, "toy"),
     "caption_dropout": (0.2, 0.2, 0.2),
+    "latents": ("inversion",) * 3,
+    "objective": ("dpo",) * 3,
     "beta": (5000.0, 2000.0, 1000.0),
     "inversion_spacing": ("uniform", "uniform", "uniform"),
     "inversion_steps": (10, 10, 10),
@@ -30,7 +34,7 @@ RECIPES = {  # of InPO, flag:     SDXL         SD1.5      tiny
     "guidance": (5.0, 7.5, 2.0),
 }
 NOISE = {"inversion_steps": (None,) * 3, "eta": (None,) * 3, "inverter": (None,) * 3}
-NOISE |= {"strata": (1, 1, 1), "inversion_spacing": (None,) * 3}
+NOISE |= {"strata": (1, 1, 1), "inversion_spacing": (None,) * 3, "latents": ("noise",) * 3}
 BASELINES = {  # what differs from InPO's
     # SalesforceAIResearch/DiffusionDPO, launchers/sdxl.sh and sd15.sh; lr 1e-8 x 2048.
     "dpo": NOISE | {
@@ -44,6 +48,7 @@ BASELINES = {  # what differs from InPO's
     # of 2 images, here 4 pairs; --use_8bit_adam, here AdamW. At 1c652b9 the launch file accumulates
     # 256 of these batches. There is no SDXL version: those numbers are SD1.5's.
     "kto": NOISE | {
+        "objective": ("kto",) * 3,
         "beta": (1000.0, 1000.0, 1000.0),
         "liked_share": (0.8, 0.8, 0.8),
         "steps": (20_000, 20_000, 60),
@@ -56,6 +61,7 @@ BASELINES = {  # what differs from InPO's
     },
     # Diffusion-DPO's script has it as --sft, and no launch file: the numbers of its DPO.
     "sft": NOISE | {
+        "objective": ("sft",) * 3,
         "beta": (None, None, None),
         "steps": (2000, 2000, 60),
         "batch": (2048, 2048, 16),
@@ -98,20 +104,43 @@ LORA = {
     "sft": {"lr": (1e-4, 1e-4, 5e-5)},
 }
 # Of each --inversion-spacing, where --inversion-steps is not given; see docs/inversion.md.
-INVERSION_STEPS = {"uniform": 10, "log-sigma": 4, "released": 10}
+INVERSION_STEPS = {"uniform": 10, "log-sigma": 4}
 METHODS, COLUMNS = ("inpo", *BASELINES), ("sdxl", "sd15", "tiny")
+TITLES = {"inpo": "InPO", "dpo": "Diffusion-DPO", "kto": "Diffusion-KTO", "sft": "SFT"}
 NAMES = ("published", "lora")
 
 
-def recipe_of(name: str, method: str = "inpo", recipe: str = "published") -> dict[str, Any]:
-    """The recipe of a preset, or of the architecture of a folder or hub id (with its own VAE)."""
+def recipe_of(
+    name: str,
+    method: str = "inpo",
+    recipe: str = "published",
+    latents: str | None = None,
+    objective: str | None = None,
+) -> dict[str, Any]:
+    """The recipe of a preset, or of the architecture of a folder or hub id (with its own VAE).
+
+    Latents and objective that are not the method's own bring the flags that are theirs alone, with
+    the values of the method whose own they are; those of the method's own have no meaning then."""
     name = next((preset for preset in COLUMNS if PRESETS[preset] == name), name)
-    if name in COLUMNS:
-        table = RECIPES | BASELINES.get(method, {})
-        if recipe == "lora":
-            table |= LORA["inpo"] | LORA[method]
-        return {flag: values[COLUMNS.index(name)] for flag, values in table.items()}
-    return recipe_of(architecture(name), method, recipe) | {"vae": None}
+    if name not in COLUMNS:
+        own = {"vae": None}
+        return recipe_of(architecture(name), method, recipe, latents, objective) | own
+    table = RECIPES | BASELINES.get(method, {})
+    if recipe == "lora":
+        table |= LORA["inpo"] | LORA[method]
+    for key, rows, asked in (("latents", LATENTS, latents), ("objective", OBJECTIVES, objective)):
+        if asked and asked != table[key][0]:
+            theirs = RECIPES | BASELINES.get(rows[asked].method, {})
+            absent = dict.fromkeys(rows[table[key][0]].flags, (None,) * 3)
+            table |= absent | {flag: theirs[flag] for flag in rows[asked].flags}
+            table[key] = (asked,) * 3
+    return {flag: values[COLUMNS.index(name)] for flag, values in table.items()}
+
+
+def crossed(args: Namespace) -> list[str]:
+    """What of latents and objective is not the method's own."""
+    table = RECIPES | BASELINES.get(args.method, {})
+    return [vars(args)[key] for key in ("latents", "objective") if vars(args)[key] != table[key][0]]
 
 
 def recipe_table() -> str:

@@ -42,6 +42,7 @@ from system.text import printable
 from training import budget, cache, card, folder, lora, trackers
 from training.broken import BrokenPairs
 from training.guard import NonFiniteSteps, Watch
+from training.methods import loss_of
 from training.plan import Plan
 from training.preview import Preview
 from weights import saving
@@ -286,7 +287,7 @@ class Run:
         """Write the aligned pipeline in fp32, curves, cost and model card. Parts of the pipeline
         that were not trained are read again in fp32, since they are rounded in memory."""
         weights, memory = full_weights(engine), peak_memory(engine.device)
-        title, method = self.facts["title"], self.facts["method"]
+        title, loss = self.facts["title"], loss_of(self.facts)
 
         @as_os_error()
         def write_all():
@@ -302,7 +303,7 @@ class Run:
             lines = folder.read_metrics(self.out)
             cost = budget.work_done(self.args, plan) | measured(lines, engine.device, memory)
             write(self.out / "cost.json", json.dumps(cost, indent=2) + "\n")
-            figures.curves(lines, self.out / "curves.png", title, method)
+            figures.curves(lines, self.out / "curves.png", title, loss)
             folder.list_result(self.out, [*names, "cost.json", "curves.png"], self.args.steps)
             write(self.out / "README.md", card.render(self.facts, lines))
 

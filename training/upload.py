@@ -32,6 +32,7 @@ from system.text import code, printable
 from training import card
 from training.budget import in_words
 from training.folder import read_metrics, read_record, read_result
+from training.methods import loss_of
 
 # -------------------------------------------------------------------------------------------------
 # What is there.
@@ -118,7 +119,7 @@ def curves(model: Model) -> Path | bytes:
         return there
     told, lines = facts(model.run), read_metrics(model.run, model.step)
     with tempfile.TemporaryDirectory() as scratch:
-        figures.curves(lines, file := Path(scratch, "curves.png"), told["title"], told["method"])
+        figures.curves(lines, file := Path(scratch, "curves.png"), told["title"], loss_of(told))
         return file.read_bytes()
 
 
