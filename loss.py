@@ -11,6 +11,7 @@ the symbols of invert.py. xt comes from inversion for InPO, from forward noise f
 batch of P pairs has 2P errors, (2P,) fp32: the P winners (_w), then their P losers (_l); it is
 split here and nowhere else, and an odd number raises ValueError. Losses come back one per pair (or
 image), diagnostics detached; the caller takes the mean. The released script has fp32 errors too.
+DSPO needs the predictions themselves, MaPO no reference. docs/objectives.md has all the recipes.
 """
 
 import torch
@@ -47,6 +48,10 @@ def inpo_loss(err: Tensor, err_ref: Tensor, beta: float) -> tuple[Tensor, dict[s
 
 
 dpo_loss = inpo_loss  # the same function, of latents with forward noise instead of inverted ones
+
+
+# -------------------------------------------------------------------------------------------------
+# Pairwise: other functions of the same margin.
 
 
 def dmpo_loss(
