@@ -11,7 +11,8 @@ the symbols of invert.py. xt comes from inversion for InPO, from forward noise f
 batch of P pairs has 2P errors, (2P,) fp32: the P winners (_w), then their P losers (_l); it is
 split here and nowhere else, and an odd number raises ValueError. Losses come back one per pair (or
 image), diagnostics detached; the caller takes the mean. The released script has fp32 errors too.
-DSPO needs the predictions themselves, MaPO no reference. docs/objectives.md has all the recipes.
+DSPO needs the predictions themselves, MaPO no reference. For these and DMPO the public code was
+read, not the papers' equations: docs/objectives.md, with the recipes.
 """
 
 import torch
