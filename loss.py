@@ -11,6 +11,8 @@ the symbols of invert.py. xt comes from inversion for InPO, from forward noise f
 batch of P pairs has 2P errors, (2P,) fp32: the P winners (_w), then their P losers (_l); it is
 split here and nowhere else, and an odd number raises ValueError. Losses come back one per pair (or
 image), diagnostics detached; the caller takes the mean. The released script has fp32 errors too.
+DSPO needs the predictions themselves, MaPO no reference. For these and DMPO the public code was
+read, not the papers' equations: docs/objectives.md, with the recipes.
 """
 
 import torch
@@ -42,12 +44,92 @@ def inpo_loss(err: Tensor, err_ref: Tensor, beta: float) -> tuple[Tensor, dict[s
     (SDXL 5000, SD1.5 2000). Returns losses (P,) and `_diagnostics`.
     Limits: policy == reference gives log 2; swapping a pair negates its margin."""
     _check(err, err_ref)
-    reward_w, reward_l = (0.5 * beta * (err_ref - err)).chunk(2)
-    margin = reward_w - reward_l
+    margin = _margin(err, err_ref, beta)
     return -F.logsigmoid(margin), _diagnostics(err, err_ref, 0.5 * beta)
 
 
 dpo_loss = inpo_loss  # the same function, of latents with forward noise instead of inverted ones
+
+
+# -------------------------------------------------------------------------------------------------
+# Pairwise: other functions of the same margin.
+
+
+def dmpo_loss(
+    err: Tensor, err_ref: Tensor, beta: float, alpha: float = 0.01
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """DMPO (2507.07510): a reverse KL divergence, of the policy's preference from a given one.
+
+    p    = sigmoid(margin)                      how surely the policy prefers the winner
+    loss = p log(p / (1 - alpha)) + (1 - p) log((1 - p) / alpha)
+         = KL(Bernoulli(p) || Bernoulli(1 - alpha))
+
+    err, err_ref, margin and what returns: as in inpo_loss. alpha: the share of preferences that are
+    the other way round, in (0, 1), else ValueError. No code of the authors was found: these are
+    lines 1182-1235 of train.py in AIDC-AI/Diffusion-SDPO at 84fb241, whose scripts have alpha 0.01,
+    beta 6000 (SDXL) and 2000 (SD1.5). Departures: 1. no clamp of alpha to 1e-6; 2. 1 - p is
+    sigmoid(-margin), exact for a sure policy.
+    Limits: 0 where margin = log((1 - alpha) / alpha), to which it pulls every pair; so policy ==
+    reference and alpha = 1/2 gives 0. For a small alpha it is log(1/alpha) (1 - p)."""
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha must be between 0 and 1; got {alpha}.")
+    _check(err, err_ref)
+    margin = _margin(err, err_ref, beta)
+    share = margin.new_full((), alpha)
+    losses = torch.sigmoid(margin) * (F.logsigmoid(margin) - torch.log1p(-share))
+    losses = losses + torch.sigmoid(-margin) * (F.logsigmoid(-margin) - share.log())
+    return losses, _diagnostics(err, err_ref, 0.5 * beta)
+
+
+def dspo_loss(
+    pred: Tensor, target: Tensor, pred_ref: Tensor, beta: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """DSPO (Zhu et al., ICLR 2025): score matching on the winner, off the reference.
+
+    pull = beta (1 - sigmoid(margin))           one number per pair; margin as in inpo_loss
+    loss = mean over (C, H, W) of ((pred_w - target_w) - pull (pred_w - pred_ref_w))^2
+
+    pred, target, pred_ref: (2P, C, H, W), eps of the policy, tau, eps of the reference. Returns as
+    inpo_loss. The gradient passes through pull, the only way to the loser. Lines 1141-1169 of
+    train.py in the authors' huaishengzhu/DSPO at 8b4e09b, the branch for SD1.5: beta 0.001 (of
+    0.001, 0.01, 0.05), per mean, the same in margin and pull. Departures: 1. fp32; 2. the branch
+    for SDXL (beta 5000) is another objective, and not taken: (1 - sigmoid(margin))^2, times mean
+    (pred_w - pred_ref_w)^2 if that, over a device's batch, is at least 0.1. It has no target, and
+    depends on the batch. So this form has no published beta for SDXL.
+    Limits: beta = 0 is SFT on winners; policy == reference too, with 1 - beta/2 of its gradient."""
+    err, err_ref = squared_error(pred, target), squared_error(pred_ref, target)
+    _check(err, err_ref)
+    pull = beta * torch.sigmoid(-_margin(err, err_ref, beta)).view(-1, *[1] * (pred.ndim - 1))
+    pred_w, target_w, ref_w = (x.chunk(2)[0].float() for x in (pred, target, pred_ref))
+    losses = squared_error(pred_w - pull * (pred_w - ref_w), target_w)
+    return losses, _diagnostics(err, err_ref, 0.5 * beta)
+
+
+# -------------------------------------------------------------------------------------------------
+# Pairwise without a reference.
+
+
+def mapo_loss(
+    err: Tensor, beta: float = 0.1, snr: float = 0.5, timesteps: int = 1000
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """MaPO (2406.06424): imitate the winner, and explain it better than the loser.
+
+    score = snr err / (exp(snr err) - 1)        of an image; falls from 1 at err = 0 to 0
+    loss  = err_w - beta log sigmoid(timesteps (score_w - score_l))
+
+    err: (2P,), above 0. Returns losses (P,) and `_diagnostics` of the reward timesteps score, none
+    of err_ref. Lines 286-301 of utils.py in the authors' mapo-t2i/mapo at 374b3d3; args.py 158-170:
+    beta 0.1 (for SDXL), a weight unlike the other betas, and snr 0.5. Departures: 1. expm1: exp - 1
+    in fp32 is off by 1e-4 at err 1e-3, so the sigmoid's argument by 0.1; 2. err is that of eps for
+    a v-prediction model too, there that of v.
+    Limits: beta = 0 is SFT on winners; err_w = err_l gives err_w + beta log 2; for a small snr the
+    second term is beta inpo_loss(err, err_ref, timesteps snr), with one err_ref for both images."""
+    _check(err, err)
+    x = snr * err
+    reward = timesteps * (x * torch.exp(-x) / -torch.expm1(-x))  # the score, safe for a large x
+    winner, loser = reward.chunk(2)
+    losses = err.chunk(2)[0] - beta * F.logsigmoid(winner - loser)
+    return losses, _means(reward, {"err": err})
 
 
 # -------------------------------------------------------------------------------------------------
@@ -97,15 +179,25 @@ def _check(err: Tensor, err_ref: Tensor, pairs: bool = True):
         raise ValueError(f"err and err_ref hold one error per image, {shape}; got shapes {got}.")
 
 
+def _margin(err: Tensor, err_ref: Tensor, beta: float) -> Tensor:
+    """reward_w - reward_l of inpo_loss, (P,)."""
+    reward_w, reward_l = (0.5 * beta * (err_ref - err)).chunk(2)
+    return reward_w - reward_l
+
+
 def _diagnostics(err, err_ref, scale: float, liked: Tensor | None = None) -> dict[str, Tensor]:
     """Means over the pairs, detached scalars; reward = scale (err_ref - err).
 
     implicit_accuracy: the share of pairs whose winner has the larger reward; a tie counts half.
     With liked, each liked image makes a pair with each disliked one. A mean over none is NaN."""
     err, err_ref = err.detach(), err_ref.detach()
-    reward = scale * (err_ref - err)
+    return _means(scale * (err_ref - err), {"err": err, "err_ref": err_ref}, liked)
+
+
+def _means(reward: Tensor, errors: dict[str, Tensor], liked: Tensor | None = None):
+    reward, errors = reward.detach(), {name: err.detach() for name, err in errors.items()}
     if liked is None:
-        half = len(err) // 2
+        half = len(reward) // 2
         winner, loser, pair = slice(half), slice(half, None), slice(None)
         margin = reward[winner] - reward[loser]
     else:
@@ -113,7 +205,7 @@ def _diagnostics(err, err_ref, scale: float, liked: Tensor | None = None) -> dic
         margin = reward[:, None] - reward
     accuracy = 0.5 * (margin.sign() + 1)
     stats = {"implicit_accuracy": _mean(accuracy, pair), "margin": _mean(margin, pair)}
-    for name, value in {"reward": reward, "err": err, "err_ref": err_ref}.items():
+    for name, value in {"reward": reward, **errors}.items():
         stats[f"{name}_winner"], stats[f"{name}_loser"] = _mean(value, winner), _mean(value, loser)
     return stats
 
