@@ -84,7 +84,7 @@ def smpo_loss(
 
 
 @torch.no_grad()
-def safe_share(pred: Tensor, target: Tensor, mu: float = 0.0) -> Tensor:
+def safe_share(pred: Tensor, target: Tensor, mu: float = 0.6) -> Tensor:
     """lambda, the share of a loser's gradient that cannot raise its winner's error (2511.03317, eq.
     15 to 17; AIDC-AI/Diffusion-SDPO, train.py at 1c83c65, lines 84 to 124).
 
@@ -96,7 +96,7 @@ def safe_share(pred: Tensor, target: Tensor, mu: float = 0.0) -> Tensor:
 
     1. The script has one lambda for all pairs on a device, its ratio of sums over them. Here each
        pair has its own, which then depends on neither the micro-batch nor the ranks.
-    2. The script adds 1e-9 to <2 r_w/N, 2 r_l/N>, N the numbers of its P winners. Here 0 is added.
+    2. The script adds 1e-9 to <2 r_w/N, 2 r_l/N>, N the count of all its r_w. Here it does not.
 
     pred, target: (2P, C, H, W), winners first; cast to fp32. mu: 0 to 1; SDXL 0.6, SD1.5 0.9.
     Returns (P,) fp32, detached. Raises ValueError for another mu or shape.
