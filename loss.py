@@ -51,6 +51,81 @@ def inpo_loss(err: Tensor, err_ref: Tensor, beta: float) -> tuple[Tensor, dict[s
 dpo_loss = inpo_loss  # the same function, of latents with forward noise instead of inverted ones
 
 
+def smpo_loss(
+    err: Tensor, err_ref: Tensor, beta: float, probability: Tensor, gamma: float = 10.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """SmPO's pairwise loss, weighted by a smoothed label (2506.02698, eq. 8 and 9; JaydenLyh/SmPO,
+    train.py at 61105a1, lines 1046 to 1064).
+
+    weight = gamma (2 p - 1)                      2 alpha - gamma in the paper, alpha = gamma p
+    loss   = -log sigmoid(weight (reward_w - reward_l))            the rewards are those of InPO
+
+    1. The script weights its whole batch by its first pair's p. Here each pair has its own.
+    2. Eq. 9 has beta and a log-ratio, the script beta/2 and mean errors. Here as in the script,
+       whose launch files pass the published beta.
+
+    err, err_ref: (2P,). probability: (P,), p of each pair: how likely a reward model prefers the
+    winner, 0.5 to 1 if it also chose it. gamma: 10; beta: SDXL 5000, SD1.5 2000 (paper, release).
+    Returns losses (P,) and `_diagnostics`, not weighted, with the mean weight. Raises ValueError
+    for another shape. Limits: p = 1/2 gives log 2 and no gradient; p = 1 and gamma = 1 is
+    inpo_loss; swapping a pair and taking 1 - p for p changes nothing."""
+    _check(err, err_ref)
+    if probability.shape != err_ref[::2].shape:
+        shape = tuple(probability.shape)
+        raise ValueError(f"probability holds one number per pair, (P,); got shape {shape}.")
+    weight = gamma * (2 * probability.detach().to(err) - 1)
+    gain_w, gain_l = (err_ref - err).chunk(2)
+    losses = -F.logsigmoid(0.5 * beta * weight * (gain_w - gain_l))
+    return losses, {**_diagnostics(err, err_ref, 0.5 * beta), "weight": weight.mean()}
+
+
+# -------------------------------------------------------------------------------------------------
+# Diffusion-SDPO, a switch beside any pairwise objective: the loser's gradient times lambda.
+#     objective(scaled_gradient(err, safe_share(pred, target, mu)), err_ref, ...)
+
+
+@torch.no_grad()
+def safe_share(pred: Tensor, target: Tensor, mu: float = 0.6) -> Tensor:
+    """lambda, the share of a loser's gradient that cannot raise its winner's error (2511.03317, eq.
+    15 to 17; AIDC-AI/Diffusion-SDPO, train.py at 1c83c65, lines 84 to 124).
+
+    r      = pred - target                               d err / d pred = 2 r / (C H W)
+    lambda = min(1, (1 - mu) |r_w|^2 / <r_w, r_l>)       1 where <r_w, r_l> <= 0
+
+    It is the largest up to 1 with <r_w, -r_w + lambda r_l> <= -mu |r_w|^2: to first order, err_w
+    falls at least mu times as fast as without the loser, if a step moves all predictions alike.
+
+    1. The script has one lambda for all pairs on a device, its ratio of sums over them. Here each
+       pair has its own, which then depends on neither the micro-batch nor the ranks.
+    2. The script adds 1e-9 to <2 r_w/N, 2 r_l/N>, N the count of all its r_w. Here it does not.
+
+    pred, target: (2P, C, H, W), winners first; cast to fp32. mu: 0 to 1; SDXL 0.6, SD1.5 0.9.
+    Returns (P,) fp32, detached. Raises ValueError for another mu or shape.
+    Limits: r_l = r_w gives 1 - mu; orthogonal residuals give 1."""
+    if not 0 <= mu <= 1:
+        raise ValueError(f"mu lies in 0..1; got {mu}.")
+    if pred.shape != target.shape or len(pred) % 2:
+        got = f"{tuple(pred.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"pred and target are (2P, C, H, W), winners first; got shapes {got}.")
+    r_w, r_l = (pred.float() - target.float()).flatten(1).chunk(2)
+    along = (r_w * r_l).sum(1)
+    share = (1 - mu) * r_w.square().sum(1) / along
+    return share.clamp(max=1).where(along > 0, 1)
+
+
+def scaled_gradient(err: Tensor, share: Tensor) -> Tensor:
+    """The same errors, whose losers pass on only this share of their gradient (the same script,
+    line 1192).
+
+    err_l -> detach(err_l) + share (err_l - detach(err_l))
+
+    err: (2P,). share: (P,), `safe_share`. Returns (2P,). Limits: share = 1 changes nothing, share =
+    0 trains on winners alone."""
+    err_w, err_l = err.chunk(2)
+    fixed = err_l.detach()
+    return torch.cat([err_w, fixed + share.to(err) * (err_l - fixed)])
+
+
 # -------------------------------------------------------------------------------------------------
 # Pairwise: other functions of the same margin.
 
