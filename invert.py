@@ -145,6 +145,7 @@ def ddim_invert(
     eps_fn: Callable[[Tensor, Tensor], Tensor], x0: Tensor, t: Tensor, abar: Tensor,
     steps: int = 10, eta: float = 0.1,
     generator: torch.Generator | list[torch.Generator] | None = None, spacing: str = "uniform",
+    renoise: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Invert clean images to timesteps t; returns xt and the noise that explains it (InPO, Step 2).
 
@@ -154,6 +155,9 @@ def ddim_invert(
     in sigma (two-step Adams-Bashforth). r, s, u: the sigmas, and names, of three points in turn:
 
         xbar_u = xbar_s + (u - s) eps_s + (u log(u/s) - (u - s)) / log(s/r) (eps_s - eps_r)
+
+    renoise: eps is predicted once more, at the point that the move reaches, and the mean of both is
+    taken for the move (Heun's rule, one correction of ReNoise, 2403.14602; SmPO, 2506.02698).
 
     After each move but the first (the clean image's abar_s is 1), noise n is injected:
 
@@ -182,6 +186,9 @@ def ddim_invert(
         b = _per_image(abar[t_to], x0)
         s, u = _sigma(a), _sigma(b)
         eps = eps_fn(a.sqrt() * (x0 + shift), t_from.to(x0.device)).to(x0)
+        if renoise:
+            reached = b.sqrt() * (x0 + (u - s) * eps + shift)
+            eps = (eps + eps_fn(reached, t_to.to(x0.device)).to(x0)) / 2
         shift = shift + (u - s) * eps
         if before and spacing == "log-sigma":
             eps_r, r = before  # r = 0, the clean image: no weight, as after a move of length zero

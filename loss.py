@@ -1,7 +1,7 @@
 """The objectives: preference losses on squared errors of predicted noise.
 
 Needs torch alone; copy this file into any trainer. No model and no configuration enters: a loss is
-a function of beta and of one error per image, of the policy and of the frozen reference,
+a function of beta and, but for DSPO's, of one error per image, of policy and frozen reference,
 
     err_i     = mean over (C, H, W) of (tau_i - eps_theta(xt_i, t_i))^2
     err_ref_i = the same, with the eps of the reference
@@ -113,17 +113,18 @@ def safe_share(pred: Tensor, target: Tensor, mu: float = 0.6) -> Tensor:
     return share.clamp(max=1).where(along > 0, 1)
 
 
-def scaled_gradient(err: Tensor, share: Tensor) -> Tensor:
-    """The same errors, whose losers pass on only this share of their gradient (the same script,
+def scaled_gradient(x: Tensor, share: Tensor) -> Tensor:
+    """The same numbers, whose losers pass on only this share of their gradient (the same script,
     line 1192).
 
-    err_l -> detach(err_l) + share (err_l - detach(err_l))
+    x_l -> detach(x_l) + share (x_l - detach(x_l))
 
-    err: (2P,). share: (P,), `safe_share`. Returns (2P,). Limits: share = 1 changes nothing, share =
-    0 trains on winners alone."""
-    err_w, err_l = err.chunk(2)
-    fixed = err_l.detach()
-    return torch.cat([err_w, fixed + share.to(err) * (err_l - fixed)])
+    x: errors (2P,), or predictions (2P, C, H, W), whose errors it then holds for. share: (P,),
+    `safe_share`. Returns x's shape. Limits: share = 1 changes nothing, share = 0 trains on winners
+    alone."""
+    x_w, x_l = x.chunk(2)
+    fixed, share = x_l.detach(), share.to(x).view(-1, *[1] * (x.ndim - 1))
+    return torch.cat([x_w, fixed + share * (x_l - fixed)])
 
 
 # -------------------------------------------------------------------------------------------------

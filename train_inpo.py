@@ -51,7 +51,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import data
 import model
-from loss import squared_error
 from model import Denoiser
 from system import processes
 from system.lock import alone
@@ -69,7 +68,7 @@ from training import (
 )
 from training.held_out import HeldOut
 from training.latents import draw_timesteps, generators, latents
-from training.methods import OBJECTIVES, Errors
+from training.methods import OBJECTIVES, errors_of
 from training.plan import Plan, asked, check, describe
 from training.prediction import checked
 from training.run import Run
@@ -114,17 +113,18 @@ def train(args: Namespace, plan: Plan, stop: processes.Stop):
             frozen = torch.no_grad()(Denoiser(reference, cond, abar, predicts))
             xt, tau = latents(args, policy, frozen, x0, t, abar, noise)
 
-            # 3. Score that noise under reference and policy.
-            err_ref = None if reference is None else squared_error(frozen(xt, t), tau)
-            err = squared_error(policy(xt, t), tau)
+            # 3. Score that noise under reference and policy: squared errors, one an image.
+            eps_ref = None if reference is None else frozen(xt, t)
+            sure = plan.pairs.probability(batch["row"])
+            errors = errors_of(args, policy(xt, t), eps_ref, tau, sure)
 
             # 4. Prefer the winner by more than the reference does.
-            losses, diagnostics = objective.loss(args, Errors(err, err_ref))
+            losses, diagnostics = objective.loss(args, errors)
 
             # 5. Backward; the engine steps at the accumulation boundary.
             engine.backward(losses.mean())
             engine.step()
-            run.note(batch, t, losses, err, err_ref, diagnostics)
+            run.note(batch, t, losses, errors.err, errors.err_ref, diagnostics)
         run.log(engine, step)
         run.save_if_due(engine, step + 1)
         run.show(engine, pipeline, step + 1)

@@ -101,6 +101,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def probability(self, rows) -> np.ndarray | None:
+        """That the winner of each of these rows is preferred, (P,) float32; None if not known."""
+        return None if self.strengths is None else self.strengths[np.asarray(rows)].astype("f4")
+
     def __getitem__(self, row: int) -> dict[str, Any]:
         """jpg_0, jpg_1: encoded bytes; label_0; caption (None where its cell is empty); strength,
         where there is one. Raises ValueError where a picture is not there."""

@@ -37,6 +37,7 @@ class ByHand:
         self.abar = self.pipe.scheduler.alphas_cumprod
         self.sigma = ((1 - self.abar) / self.abar).sqrt()
         rows = data.read_pairs(args.data)
+        self.strengths = rows.strengths
         self.pairs = data.Pairs(rows, 16, args.seed, "center", args.flip, args.caption_dropout)
         self.start = {name: w.detach() for name, w in self.pipe.unet.named_parameters()}
         trained = self.start
@@ -74,7 +75,8 @@ class ByHand:
         return merged(self.start, self.trained, self.args.lora_alpha / self.args.lora_rank)
 
     def errors(self, policy: dict[str, Tensor], n: int, at_once: int) -> list[tuple]:
-        """(err, err_ref) of winner and loser of pair n; for SFT of the winner alone."""
+        """(err, err_ref, pred, tau, pred_ref, row) of winner and loser of pair n; for SFT of the
+        winner alone. MaPO's err_ref is None."""
         args, pair = self.args, self.pairs[n]
         free = args.inversion_spacing == "log-sigma"
         cells = 1 if free else args.inversion_steps or args.strata
@@ -89,22 +91,29 @@ class ByHand:
             self.calls += 3 if torch.is_grad_enabled() else 1
             return functional_call(self.pipe.unet, weights, (x, t, text * keep), given).sample
 
-        noises, errors, err_ref = [], [], None
+        noises, errors, pred_ref = [], [], None
         for side, generator in zip(("winner", "loser"), generators(args.seed, [n]), strict=True):
             with torch.no_grad():
                 posterior = self.pipe.vae.encode(pair[side][None] / 127.5 - 1).latent_dist
                 drawn = torch.randn(1, 4, 8, 8, generator=generator)
                 x0 = (posterior.mean + posterior.std * drawn) * self.pipe.vae.config.scaling_factor
                 noises.append(torch.randn(1, 4, 8, 8, generator=generator))
-                if args.latents == "inversion":
+                if args.latents != "noise":
                     inverter = policy if args.inverter == "policy" else self.start
                     xt, tau = self.inverted(predict, inverter, x0, t)
                 else:
-                    tau = noises[0] if args.objective == "dpo" else noises[-1]
+                    tau = noises[-1] if args.objective in ("kto", "sft") else noises[0]
                     xt = self.abar[t].sqrt() * x0 + (1 - self.abar[t]).sqrt() * tau
-                if args.objective != "sft":
-                    err_ref = ((predict(self.start, xt, t) - tau) ** 2).mean()
-            errors.append((((predict(policy, xt, t) - tau) ** 2).mean(), err_ref))
+                if args.objective not in ("sft", "mapo"):
+                    pred_ref = predict(self.start, xt, t)
+            pred = predict(policy, xt, t)
+            if side == "loser" and args.safe_loser is not None:
+                r_w, r_l = errors[0][2] - errors[0][3], pred - tau
+                along = (r_w * r_l).sum().item()
+                share = (1 - args.safe_loser) * (r_w**2).sum().item() / along if along > 0 else 1
+                pred = pred.detach() + min(1, share) * (pred - pred.detach())
+            err_ref = None if pred_ref is None else ((pred_ref - tau) ** 2).mean()
+            errors.append((((pred - tau) ** 2).mean(), err_ref, pred, tau, pred_ref, pair["row"]))
             if args.objective == "sft":
                 break
         return errors
@@ -120,6 +129,9 @@ class ByHand:
         for to in path:
             move = predict(weights, xbar / (1 + level**2).sqrt(), shown)
             end = self.sigma[to]
+            if self.args.latents == "renoise":
+                there = (xbar + (end - level) * move) / (1 + end**2).sqrt()
+                move = (move + predict(weights, there, torch.tensor([to]))) / 2
             xbar = xbar + (end - level) * move
             if free and len(moves) > 1 and level > moves[-1][0]:
                 # eps = move + slope log(s / level), integrated over s from level to end
@@ -132,8 +144,28 @@ class ByHand:
     def pair_losses(self, errors: list[list[tuple]]) -> list[Tensor]:
         beta, share = self.args.beta, self.args.liked_share
         if self.args.objective == "sft":
-            return [err for ((err, _),) in errors]
-        g = [[ref - err for err, ref in pair] for pair in errors]
+            return [one[0] for (one,) in errors]
+        if self.args.objective == "mapo":
+            x = [[one[0] / 2 for one in pair] for pair in errors]  # snr err
+            scores = [[s / (torch.exp(s) - 1) for s in pair] for pair in x]
+            odds = [torch.sigmoid(1000 * (w - lose)) for w, lose in scores]
+            return [pair[0][0] - beta * odd.log() for pair, odd in zip(errors, odds, strict=True)]
+        g = [[one[1] - one[0] for one in pair] for pair in errors]
+        margins = [beta / 2 * (g_w - g_l) for g_w, g_l in g]
+        if self.args.objective == "smpo":
+            sure = [self.strengths[pair[0][5]] for pair in errors]
+            scales = [self.args.gamma * (2 * p - 1) for p in sure]
+            return [torch.log1p(torch.exp(-s * m)) for s, m in zip(scales, margins, strict=True)]
+        if self.args.objective == "dmpo":
+            odds, alpha = [torch.sigmoid(m) for m in margins], self.args.alpha
+            return [p * (p / (1 - alpha)).log() + (1 - p) * ((1 - p) / alpha).log() for p in odds]
+        if self.args.objective == "dspo":
+            pulls = [beta * (1 - torch.sigmoid(m)) for m in margins]
+            winners = [pair[0] for pair in errors]
+            return [
+                ((pred - tau - pull * (pred - ref)) ** 2).mean()
+                for pull, (_, _, pred, tau, ref, _) in zip(pulls, winners, strict=True)
+            ]
         if self.args.objective != "kto":
             return [torch.log1p(torch.exp(-beta / 2 * (g_w - g_l))) for g_w, g_l in g]
         kl = sum(share * g_w.item() + (1 - share) * g_l.item() for g_w, g_l in g) / len(g)

@@ -24,7 +24,9 @@ def test_adapters_for_a_small_set_have_a_recipe_that_any_flag_overrides(preset, 
     assert {flag: getattr(args, flag) for flag in own} == own and args.lora_rank > 0
     assert args.lora_alpha == args.lora_rank and args.ds_config == "configs/zero1.json"
     whole = parse("", words[:2])
-    assert args.beta == whole.beta and args.lr / args.batch > whole.lr / whole.batch
+    assert args.beta == whole.beta
+    if method != "mapo":  # whose two scripts are launched with one learning rate
+        assert args.lr / args.batch > whole.lr / whole.batch
     assert args.steps * args.batch <= 32_000 and args.batch % args.micro_batch == 0
     check_flags(args)
     changed = parse("", [*words, "--lora-rank=4", "--lr=3e-3", "--steps=7", "--batch=6"])

@@ -680,3 +680,46 @@ def test_copied_alone(tmp_path):
     command = [sys.executable, "-I", "-c", ALONE, str(tmp_path)]
     child = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# ReNoise: the mean of the predictions at both ends of a move.
+
+
+def test_renoise_is_heuns_rule_in_sigma():
+    """Written out for x(sigma) = xbar, d xbar / d sigma = eps(x_t, t), in float64."""
+    calls = []
+
+    def eps_fn(x, t):
+        calls.append(t.clone())
+        return torch.tanh(0.3 * x + t.reshape(-1, 1, 1, 1) / 500)
+
+    x0, t = normal(3, 2, 4, 4, seed=2), torch.tensor([20, 399, 399])
+    sigma = ((1 - ABAR) / ABAR).sqrt()
+    xt, tau = ddim_invert(eps_fn, x0, t, ABAR, 10, 0.0, renoise=True)
+    assert len(calls) == 2 * 4
+    for k in range(3):
+        xbar, s, shown = x0[k : k + 1], torch.zeros(()), torch.tensor([0])
+        for to in [*range(99, int(t[k]), 100), int(t[k])]:
+            u, new = sigma[to], torch.tensor([to])
+            one = eps_fn(xbar / (1 + s**2).sqrt(), shown)
+            two = eps_fn((xbar + (u - s) * one) / (1 + u**2).sqrt(), new)
+            xbar, s, shown = xbar + (u - s) * (one + two) / 2, u, new
+        torch.testing.assert_close(xt[k : k + 1], xbar * ABAR[t[k]].sqrt(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(tau[k : k + 1], (xbar - x0[k : k + 1]) / sigma[t[k]])
+
+
+def test_renoise_of_a_constant_prediction_is_exact_and_comes_nearer_on_a_smooth_one():
+    x0, t = normal(2, 1, 4, 4, seed=3), torch.tensor([700, 700])
+    same = normal(2, 1, 4, 4, seed=4)
+    torch.testing.assert_close(
+        ddim_invert(lambda x, t: same, x0, t, ABAR, 10, 0.0, renoise=True)[1], same
+    )
+
+    def smooth(x, t):
+        return torch.sin(x) + t.reshape(-1, 1, 1, 1) / 1000
+
+    exact = ddim_invert(smooth, x0, t, ABAR, 1000, 0.0)[1]
+    plain = ddim_invert(smooth, x0, t, ABAR, 10, 0.0)[1]
+    better = ddim_invert(smooth, x0, t, ABAR, 10, 0.0, renoise=True)[1]
+    assert (better - exact).square().mean() < 0.5 * (plain - exact).square().mean()

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import deepspeed
 import diffusers
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from by_hand import ByHand
@@ -60,14 +62,24 @@ def exported(out: Path, step: int) -> dict[str, torch.Tensor]:
         ({"method": "sft", "beta": None}, 1),
         ({"method": "kto", "latents": "inversion", "eta": 0}, 1),
         ({"method": "inpo", "objective": "sft", "beta": None, "eta": 0}, 1),
+        ({"method": "smpo"}, 1),
+        ({"method": "dspo", "beta": 0.5, "safe_loser": 0.9}, 1),
+        pytest.param({"method": "dmpo", "safe_loser": 0.9}, 2, marks=pytest.mark.slow),
+        pytest.param({"method": "mapo", "beta": 0.5}, 1, marks=pytest.mark.slow),
+        pytest.param({"method": "smpo", "latents": "noise"}, 2, marks=pytest.mark.slow),
     ],
     ids=["inpo", "inpo-by-reference", "inpo-log-sigma-2-ranks", "dpo", "kto-2-ranks", "sft"]
-    + ["kto-on-inversion", "sft-on-inversion"],
+    + ["kto-on-inversion", "sft-on-inversion", "smpo-by-renoise", "dspo-safe"]
+    + ["dmpo-safe-2-ranks", "mapo", "smpo-on-noise-2-ranks"],
 )
 def test_steps_of_each_method_equal_those_written_by_hand(
-    flags, ranks, argv, tmp_path, ds_config, checkpoint
+    flags, ranks, argv, tmp_path, ds_config, checkpoint, pairs
 ):
     """Without clipping: clipped gradients do not show a wrong scale."""
+    if flags["method"] == "smpo":
+        table, sure = pq.read_table(pairs), [0.5 + 0.5 * (i % 7) / 6 for i in range(24)]
+        pq.write_table(table.append_column("strength", pa.array(sure)), tmp_path / "sure.parquet")
+        flags = flags | {"data": tmp_path / "sure.parquet"}
     out, config = tmp_path / "run", ds_config(clipping=0.0)
     command = argv(**flags, ds_config=config, micro_batch=2 // ranks, export_every=1)
     if ranks == 1:

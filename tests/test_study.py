@@ -20,7 +20,6 @@ from lab import measure, report, studies, study
 from system.files import UserError
 from system.lock import alone
 from training.flags import parse
-from training.recipes import METHODS
 from weights import loading
 
 PROMPTS = toy.prompts("heldout")
@@ -60,7 +59,7 @@ def test_methods_are_compared_at_equal_compute(tmp_path):
 def test_each_method_is_tuned_with_as_many_runs_at_least_as_inpo_on_an_unused_seed():
     tuned, others = studies.tune_study(), (studies.table_study(), studies.ablation_study())
     methods = [variant.method for variant in tuned.variants]
-    assert {m: methods.count(m) for m in METHODS} == dict(inpo=6, dpo=10, kto=6, sft=6)
+    assert {m: methods.count(m) for m in studies.NAMES} == dict(inpo=6, dpo=10, kto=6, sft=6)
     assert not set(tuned.seeds) & {seed for other in others for seed in other.seeds}
 
 

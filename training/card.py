@@ -26,6 +26,11 @@ METHODS = {
     "dpo": "Diffusion-DPO (arXiv 2311.12908) on pairs of pictures",
     "kto": "Diffusion-KTO (arXiv 2404.04465) on liked and disliked pictures",
     "sft": "supervised fine-tuning on the preferred pictures",
+    "smpo": "SmPO (arXiv 2506.02698): inversion, and a pairwise loss weighted by how sure a\n"
+    "preference is",
+    "dmpo": "DMPO (arXiv 2507.07510) on pairs of pictures",
+    "mapo": "MaPO (arXiv 2406.06424) on pairs of pictures, without a reference",
+    "dspo": "DSPO (Zhu et al., ICLR 2025) on pairs of pictures",
 }
 # Of those starts whose licence passes on to what is trained from them, as their cards name it.
 LICENSES = {hub.PRESETS["sdxl"]: "openrail++", hub.PRESETS["sd15"]: "creativeml-openrail-m"}

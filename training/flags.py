@@ -97,10 +97,16 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
              "thousands of pairs on one card; any flag overrides its own")
     add("--latents", choices=LATENTS,
         help="where xt comes from, in place of the method's own: DDIM inversion; inversion as the "
-             "released script does it, with its faults, to compare with; or forward noise")
+             "released script does it, with its faults, to compare with; forward noise; or "
+             "renoise, DDIM inversion with two predictions a move, as SmPO has it")
     add("--objective", choices=OBJECTIVES,
-        help="the loss, in place of the method's own: the pairwise one of InPO and Diffusion-DPO, "
-             "Diffusion-KTO's, or the denoising error of the winners")
+        help="the loss, in place of the method's own; docs/objectives.md has what each is")
+    add("--safe-loser", type=float, metavar="MU",
+        help="of a pairwise objective: scale each loser's gradient so that its winner's error "
+             "falls at least MU times as fast as without it (Diffusion-SDPO; 0 to 1)")
+    add("--gamma", type=float, help="smpo: scale of the pairs' weights")
+    add("--alpha", type=float,
+        help="dmpo: the share of preferences that are to stay the other way round")
     add("--beta", type=float,
         help="how strongly the policy is held to the reference, per mean squared error; a larger "
              "one moves less")
@@ -212,6 +218,7 @@ RANGES = {
     "inversion_steps": (1, 1000), "workers": (0, 1024), "seed": (0, 2**32),
     "resolution": (1, 8192), "max_broken": (0, 1), "buckets": (0, 10**9), "stream": (0, 10**6),
     "sample_every": (0, 10**9), "checkpoint_every": (0, 10**9), "export_every": (0, 10**9),
+    "safe_loser": (0, 1), "gamma": (1e-9, 1e9), "alpha": (1e-6, 1 - 1e-6),
     "liked_share": (0, 1), "strata": (1, 1000), "lora_rank": (0, 4096), "lora_alpha": (0, 1e6),
     "keep": (1, 10**9), "keep_every": (0, 10**9), "guidance": (1, 1e6),
 }  # fmt: skip
@@ -240,6 +247,14 @@ def check_flags(args: argparse.Namespace):
         if value is not None and not low <= value <= high:
             name = flag.replace("_", "-")
             raise UserError(f"--{name} {value}: must lie between {low} and {high}.")
+    objective = OBJECTIVES[args.objective]
+    if args.safe_loser is not None and not objective.pairwise:
+        raise UserError(f"--safe-loser: has no meaning for the objective {args.objective}.")
+    if args.held_out and not objective.errors_alone:
+        raise UserError(
+            f"--held-out: the objective {args.objective} needs more of a pair than its errors, "
+            "which are all that is kept of held-out pairs; leave it out."
+        )
     if args.inversion_spacing == "log-sigma" and args.inversion_steps < 2:
         raise UserError("--inversion-steps 1: --inversion-spacing log-sigma takes at least 2.")
     if args.cache_latents and args.crop == "random":

@@ -74,6 +74,7 @@ def result_settings(settings: dict) -> dict:
         kept["inversion_spacing"] = None if old else kept.get("inversion_spacing")
         kept["objective"] = {"inpo": "dpo"}.get(kept["method"], kept["method"])
     older = {"buckets": 0, "true_sizes": False, "stream": 0}  # squares, of a copy
+    older |= {"safe_loser": None, "gamma": None, "alpha": None}
     older |= {"prediction_type": None, "zero_snr": False}  # as scheduler_config.json has it
     kept = older | kept
     kept.setdefault("held_out", 0.0)  # as they held nothing out

@@ -48,7 +48,7 @@ class Watch:
 
     def _judge(self, line: dict):
         step = line["step"]
-        if "margin" not in line:
+        if "margin" not in line or "err_ref_winner" not in line:  # SFT; MaPO has no reference
             return
         if line["loss"] == 0:
             yield (

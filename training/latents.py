@@ -2,6 +2,7 @@
 
     inversion        DDIM inversion of each image, by the policy or by the reference, on a path of
                      invert.py
+    renoise          the same on the uniform path, with two predictions a move (SmPO)
     released         inversion as the released script does it, to compare with
     noise            forward noise, one for each image; of a pairwise objective one for each pair
 
@@ -33,7 +34,9 @@ def latents(args: Namespace, policy, frozen, x0, t, abar, noise) -> tuple[Tensor
         path = args.inversion_steps, args.eta, noise
         if args.latents == "released":
             return released(inverter, x0, t, abar, *path)
-        return ddim_invert(inverter, x0, t, abar, *path, args.inversion_spacing)
+        renoise = args.latents == "renoise"
+        spacing = "uniform" if renoise else args.inversion_spacing
+        return ddim_invert(inverter, x0, t, abar, *path, spacing, renoise)
     tau = randn_like(x0, noise)
     if OBJECTIVES[args.objective].pairwise:
         tau = tau.chunk(2)[0].repeat(2, 1, 1, 1)
@@ -63,7 +66,7 @@ def released(eps_fn, x0: Tensor, t: Tensor, abar: Tensor, steps: int, eta: float
 def count_cells(args: Namespace) -> int:
     """Cells of the timesteps, one for all pairs of a micro-step: those of the uniform grid, where
     the cell decides the number of UNet calls. Elsewhere --strata, or one: each pair's t is free."""
-    if args.latents == "released" or args.inversion_spacing == "uniform":
+    if args.latents in ("renoise", "released") or args.inversion_spacing == "uniform":
         return args.inversion_steps
     return args.strata or 1
 
@@ -72,6 +75,7 @@ def inversion_calls(args: Namespace, cells: Iterable[int]) -> list[int]:
     """UNet calls to invert an image to a t of each of these cells."""
     calls = {
         "noise": lambda k: 0,
+        "renoise": lambda k: 2 * (k + 1),
         "released": lambda k: min(k + 2, args.inversion_steps),
         "uniform": lambda k: k + 1,
         "log-sigma": lambda k: args.inversion_steps,

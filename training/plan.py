@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 from scipy.special import bdtrc
@@ -229,6 +230,7 @@ def check(args: argparse.Namespace) -> Plan:
     if args.lora:
         lora.check(args.lora, args.lora_start, args.model, unet)
     pairs = read_pairs(args)
+    check_strengths(args, pairs)
     captions, broken = data.sample(pairs, resolution)
     sampled = len(captions) + len(broken)
     check_sample(args, len(pairs), sampled, broken)
@@ -320,6 +322,19 @@ def read_held_out(args: argparse.Namespace, resolution: int):
     count = len(captions) + len(broken)
     check_sample(args, len(pairs), count, broken, "held-out")
     return pairs
+
+
+def check_strengths(args: argparse.Namespace, pairs):
+    """Raises UserError where the objective weights pairs by how surely their winner is preferred,
+    and the data do not say it of each."""
+    if args.objective != "smpo":
+        return
+    unknown = len(pairs) if pairs.strengths is None else int(np.isnan(pairs.strengths).sum())
+    if unknown:
+        raise UserError(
+            f"--objective smpo: {args.data} does not say of {unknown:,} of {len(pairs):,} pairs "
+            "how surely the winner is preferred; `python pairs.py score` adds a column with it."
+        )
 
 
 def check_sample(

@@ -21,6 +21,8 @@ RECIPES = {  # of InPO, flag:     SDXL         SD1.5      tiny
     "eta": (0.1, 0.1, 0.1),
     "inverter": ("policy", "policy", "policy"),
     "liked_share": (None, None, None),
+    "gamma": (None, None, None),
+    "alpha": (None, None, None),
     "strata": (None, None, None),
     "steps": (400, 400, 60),
     "batch": (1024, 1024, 16),
@@ -68,6 +70,49 @@ BASELINES = {  # what differs from InPO's
         "lr": (2.048e-5, 2.048e-5, 5e-6),
         "warmup": (200, 500, 10),
     },
+    # Those below: docs/objectives.md has the source of each number. Their tiny ones are not tuned.
+    # JaydenLyh/SmPO at 61105a1, examples/sdxl.sh and sd15.sh.
+    "smpo": {
+        "latents": ("renoise",) * 3,
+        "objective": ("smpo",) * 3,
+        "inversion_spacing": (None,) * 3,
+        "inversion_steps": (10, 5, 10),
+        "eta": (0.0, 0.0, 0.0),
+        "gamma": (10.0, 10.0, 10.0),
+        "steps": (200, 200, 60),
+        "warmup": (100, 100, 10),
+    },
+    # AIDC-AI/Diffusion-SDPO at 84fb241, scripts/train/sdxl_dmpo.sh and sd15_dmpo.sh, which train
+    # with its safe loser (mu 0.6 and 0.9).
+    "dmpo": NOISE | {
+        "objective": ("dmpo",) * 3,
+        "beta": (6000.0, 2000.0, 1000.0),
+        "alpha": (0.01, 0.01, 0.01),
+        "steps": (2000, 2000, 60),
+        "batch": (2048, 2048, 16),
+        "lr": (2.048e-6, 2.048e-5, 2e-6),
+        "warmup": (500, 500, 10),
+    },
+    # mapo-t2i/mapo at 374b3d3, README.md's command and args.py. There is no SD1.5 version.
+    "mapo": NOISE | {
+        "objective": ("mapo",) * 3,
+        "beta": (0.1, 0.1, 0.1),
+        "steps": (2000, 2000, 60),
+        "batch": (16, 16, 16),
+        "micro_batch": (2, 2, 16),
+        "lr": (1e-5, 1e-5, 2e-6),
+        "warmup": (0, 0, 10),
+    },
+    # huaishengzhu/DSPO at 8b4e09b, launchers/sdxl.sh and sd15.sh; beta is SD1.5's, since the SDXL
+    # branch has another objective.
+    "dspo": NOISE | {
+        "objective": ("dspo",) * 3,
+        "beta": (0.001, 0.001, 0.001),
+        "steps": (2000, 2000, 60),
+        "batch": (2048, 2048, 16),
+        "lr": (2.048e-5, 2.048e-5, 5e-6),
+        "warmup": (200, 500, 10),
+    },
 }  # fmt: skip
 # --recipe lora: what differs from the method's recipe, for hundreds or thousands of pairs on one
 # card. Nobody has tuned it on SDXL or SD1.5 yet; where there is a source, it is that one's number.
@@ -102,11 +147,16 @@ LORA = {
     "dpo": {"steps": (2000, 2000, 60), "lr": (1e-5, 1e-5, 2e-5)},
     "kto": {"steps": (2000, 2000, 60), "lr": (1e-5, 1e-5, 1e-4)},
     "sft": {"lr": (1e-4, 1e-4, 5e-5)},
+    "smpo": {},
+    "dmpo": {"steps": (2000, 2000, 60), "lr": (1e-5, 1e-5, 2e-5)},
+    "mapo": {"steps": (2000, 2000, 60), "lr": (1e-5, 1e-5, 2e-5)},
+    "dspo": {"lr": (1e-4, 1e-4, 5e-5)},
 }
 # Of each --inversion-spacing, where --inversion-steps is not given; see docs/inversion.md.
 INVERSION_STEPS = {"uniform": 10, "log-sigma": 4}
 METHODS, COLUMNS = ("inpo", *BASELINES), ("sdxl", "sd15", "tiny")
 TITLES = {"inpo": "InPO", "dpo": "Diffusion-DPO", "kto": "Diffusion-KTO", "sft": "SFT"}
+TITLES |= {"smpo": "SmPO", "dmpo": "DMPO", "mapo": "MaPO", "dspo": "DSPO"}
 NAMES = ("published", "lora")
 
 
