@@ -202,17 +202,21 @@ def sample(
     on the CPU, so it is the same on every model, device and batch size. progress: name of a
     progress bar, None for none. Raises UserError where UNet or VAE draw NaN or infinity, of which
     the pipeline would make black pictures."""
-    images = []
+    images, unet = [], pipeline.unet
+    shape = 1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
     for i in tqdm(range(0, len(prompts), batch), desc=progress, disable=progress is None):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + batch]]
+        # In fp32, since torch 2.9 draws other noise of the same seed in half precision.
+        noise = torch.cat([torch.randn(shape, generator=seeded) for seeded in generators])
         latents = pipeline(
             prompts[i : i + batch],
             generator=generators,
+            latents=noise.to(unet.dtype),
             num_inference_steps=steps,
             guidance_scale=guidance,
             output_type="latent",
         ).images
-        _check(latents, "UNet", pipeline.unet.dtype)
+        _check(latents, "UNet", unet.dtype)
         vae = pipeline.vae  # decoded here, since its dtype may differ from the UNet's
         latents = latents.to(vae.dtype)
         mean, std = _moments(vae, latents)

@@ -231,7 +231,7 @@ def contents(out: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
-        if any(Path("/", name).match(other) for other in OTHERS):
+        if any(Path("out", name).match(other) for other in OTHERS):
             continue
         found[name] = b"" if path.is_dir() else path.read_bytes().replace(bytes(out), b"OUT")
         if path.suffix in (".json", ".jsonl", ".md"):

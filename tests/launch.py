@@ -10,6 +10,7 @@ import atexit
 import gc
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
@@ -78,8 +79,9 @@ class Rank:
         self.process.join()
 
     def said(self) -> list[str]:
-        """What it has printed up to now, on stdout and on stderr."""
-        return [file.read_text() if file.exists() else "" for file in self.files]
+        """What it has printed up to now, on stdout and on stderr; without torch 2.9's "[Gloo]"."""
+        said = [file.read_text() if file.exists() else "" for file in self.files]
+        return [re.sub(r"^\[Gloo\] Rank .*\n", "", text, flags=re.MULTILINE) for text in said]
 
     def communicate(self, timeout: float = 300) -> list[str]:
         """What it has printed when it has ended."""

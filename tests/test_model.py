@@ -635,7 +635,7 @@ CODE = {  # what is put into the folder, words of the sentence, what of the fold
     "text encoder": (ENCODER, "Weights only load failed", ""),
     "LoRA": (lora_pickled, "is not a pipeline, UNet or LoRA", ""),
     "LoRA in disguise": (lora_in_disguise, "is no whole .safetensors file", "lora.safetensors"),
-    "a part": (code("unet/evil.py", unet=EVIL), "evil is not one of the libraries", ""),
+    "a part": (code("unet/evil.py", unet=EVIL), "evil", ""),
     "the scheduler": (code("scheduler/evil.py", scheduler=EVIL), "custom code in evil.py", ""),
     "the pipeline": (code("evil.py", _class_name=EVIL), "is a ['evil', 'Evil']; StableDiff", ""),
     "by default": (code("None.py"), "contains custom code in None.py", ""),
