@@ -151,7 +151,7 @@ BREAKS = [
     Break("safe loser: more than all of it", "loss.py", "share.clamp(max=1)", "share",
           "test_objectives_safe.py::test_limits_of_the_share"),
     Break("safe loser: the value is scaled too", "loss.py",
-          "fixed + share.to(err) * (err_l - fixed)", "share.to(err) * err_l",
+          "fixed + share * (x_l - fixed)", "share * x_l",
           "test_objectives_safe.py::test_values_stay_and_the_losers_pass_on_their_share_of_the_gradient"),
     # ----- the pairs
     Break("data: label inverted", "data.py",
