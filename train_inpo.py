@@ -14,6 +14,9 @@ invert.py, Step 3 in loss.py. A method is a latent source and an objective, no m
     dpo     xt by forward noise, one noise for winner and loser; the same loss   (2311.12908)
     kto     xt by forward noise; a utility of each image, liked or not           (2404.04465)
     sft     xt by forward noise; the denoising error of the winners, without a reference
+    smpo, dmpo, mapo, dspo                                             (docs/objectives.md)
+
+--latents and --objective combine any two of them; training/methods.py has the tables.
 
 Where the job departs from the released scripts, and why:
 
