@@ -316,7 +316,7 @@ def agree(facts: dict[str, Any]):
 def code_version(root: Path = ROOT) -> str:
     """12 hex digits of the .py files that a run imports and of the libraries' versions."""
     digest = hashlib.sha256()
-    folders = ("", "training", "evaluation", "sources", "system")
+    folders = ("", "training", "evaluation", "sources", "weights", "system")
     for file in sorted(file for folder in folders for file in (root / folder).glob("*.py")):
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
     for package in ("torch", "deepspeed", "diffusers"):
