@@ -126,6 +126,7 @@ def test_an_optimizer_step_is_shared_by_the_pairs_of_an_update(pipelines, monkey
     assert all(parts["optimizer"] == 1 / 4 for v in every for parts in v.parts)
 
 
+@pytest.mark.slow
 def test_report_json_and_picture_say_what_was_found(tmp_path, pipelines, capsys):
     report, out = tmp_path / "speed.md", tmp_path / "out"
     report.write_text("# Speed\n\n## Other\n\nkept\n")

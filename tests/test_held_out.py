@@ -174,7 +174,7 @@ def logged(out: Path, training: bool) -> list[dict]:
     "flags",
     [
         {"checkpoint_every": 3},
-        {"lora_rank": 2, "method": "kto", "batch": 8},
+        pytest.param({"lora_rank": 2, "method": "kto", "batch": 8}, marks=pytest.mark.slow),
     ],
 )
 def test_looking_at_held_out_pairs_changes_no_weight(flags, argv, ds_config, tmp_path, second):

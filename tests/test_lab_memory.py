@@ -18,6 +18,7 @@ SMALLEST = SMALL | {  # one level without a middle: ZeRO-3 takes its time with e
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_page_is_the_one_in_docs(tmp_path, capsys, monkeypatch):
     memory.main([])
     assert capsys.readouterr().out == (ROOT / "docs" / "memory.md").read_text()

@@ -27,7 +27,7 @@ from loss import dpo_loss, kto_loss
 from training import budget, methods, plan, preview, run
 from training.flags import parse
 from training.latents import draw_timesteps
-from training.recipes import recipe_of
+from training.recipes import TITLES, recipe_of
 from weights import saving
 
 METHODS = ("inpo", "dpo", "kto", "sft")
@@ -391,12 +391,16 @@ def test_help_names_every_method_and_its_recipe(capsys):
     with pytest.raises(SystemExit):
         train_inpo.main(["--help"])
     text = capsys.readouterr().out
-    assert "--method {inpo,dpo,kto,sft}" in text
+    assert f"--method {{{','.join(TITLES)}}}" in text and {*METHODS} <= {*TITLES}
     for method, number in (
         ("inpo", "1.024e-05"),
         ("dpo", "2.048e-05"),
         ("kto", "20000"),
         ("sft", "2000"),
+        ("smpo", "200"),
+        ("dmpo", "6000.0"),
+        ("mapo", "1e-05"),
+        ("dspo", "0.001"),
     ):
         (section,) = re.findall(
             rf"^  --method {method}\n(.*?)(?=^  --method|\Z)", text, re.M | re.S

@@ -125,6 +125,7 @@ def test_batches_are_the_same_for_any_ranks_and_workers(folder, workers):
         assert rows(world, micro_batch, workers) == whole
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_is_bitwise_the_unbroken_one(folder, argv, tmp_path, capsys):
     def train(name, **more):
         given = {"data": folder, "stream": 3, "held_out": 0.2, "checkpoint_every": 1} | more

@@ -29,7 +29,11 @@ PROMPTS = toy.prompts("heldout")
 # What is run.
 
 
-@pytest.mark.parametrize("name", study.STUDIES)
+LARGE = "confirm", "verdict"
+NAMED = [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in study.STUDIES]
+
+
+@pytest.mark.parametrize("name", NAMED)
 def test_commands_of_a_study_are_understood_and_folders_differ(name, tmp_path):
     jobs = study.jobs_of(study.STUDIES[name](), tmp_path)
     assert len({job.folder for job in jobs}) == len(jobs)
