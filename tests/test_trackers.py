@@ -308,7 +308,8 @@ def test_a_run_that_was_killed_and_stopped_has_each_step_once_and_every_picture(
         (rank,) = launch.start([*how, *argv], 1, DIES, **env)
         said = "".join(rank.communicate())
         assert rank.returncode == code, said[-3000:]
-        assert "Warning" not in said and "Traceback" not in said
+        assert said.count("Warning") <= said.count("Warning: one step of ")  # of random weights
+        assert "Traceback" not in said
     lines, pictures = metrics(out), sorted((out / "samples").glob("step_*.png"))
     assert [line["step"] for line in lines] == [*range(1, 9)]
     drawn = [0, 2, 4, 6, 8]
