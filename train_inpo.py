@@ -160,7 +160,8 @@ def start_engine(pipeline, args: Namespace, ds_config: dict):
     """(policy in a DeepSpeed engine, frozen reference), both on the device, as is the pipeline.
 
     The reference is a copy of the UNet, under ZeRO-3 sharded as well; for LoRA the policy itself
-    without its adapters, --base-weights under both. SFT has none."""
+    without its adapters, --base-weights under both. SFT and MaPO
+    have none."""
     unet, adapters = pipeline.unet, lora.trains_adapters(args)
     needed = OBJECTIVES[args.objective].reference
     reference = copy.deepcopy(unet) if needed and not adapters else None

@@ -11,7 +11,6 @@ The hub is huggingface.co, or what HF_ENDPOINT names. Nothing here takes long to
 import argparse
 import os
 import re
-from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -258,7 +257,7 @@ def repository(text: str) -> str:
         validate_repo_id(text)
         owner, name = text.split("/")
     except ValueError as error:  # also the library's own
-        raise ArgumentTypeError(
+        raise argparse.ArgumentTypeError(
             f"'{text}' is no repository of the hub; name one as OWNER/NAME, each of letters, "
             "digits, _ . and -, with neither - nor . at an end, nor -- or .. inside"
         ) from error

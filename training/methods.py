@@ -51,11 +51,13 @@ def errors_of(args: Namespace, pred, pred_ref, target, probability=None) -> Erro
 
 @dataclass(frozen=True)
 class Objective:
-    """title: for the plan. loss(args, errors) -> (losses, diagnostics), by the names of loss.py,
-    "err_winner" at least. flags: its own. method: the
-    one whose recipe has them. unit: of the loss. start: the loss where policy == reference, by
-    value and in words. images: of a pair that it trains on. errors_alone: err and err_ref are all
-    that it needs."""
+    """A row of OBJECTIVES. A new one takes its function in loss.py, this row, and a test.
+
+    title: for the plan. loss(args, errors) -> (losses, diagnostics), by the names of loss.py,
+    "err_winner" at least. flags: its own. method: the one whose recipe has them. unit: of the loss.
+    start: the loss where policy == reference, by value and in words. images: of a pair that it
+    trains on. pairwise: the images of a pair share their noise, where latents are noise, and
+    --safe-loser has a meaning. errors_alone: err and err_ref are all that it needs."""
 
     title: str
     loss: Callable[[Namespace, Errors], tuple[Any, dict[str, Any]]]
@@ -65,7 +67,7 @@ class Objective:
     start: tuple[float, str] | None = None
     images: int = 2
     reference: bool = True
-    pairwise: bool = False  # of latents by noise, the images of a pair share one
+    pairwise: bool = False
     errors_alone: bool = True
 
 
