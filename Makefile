@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 READY_DEV := .venv/ready-dev
 
-.PHONY: demo circle test test-all lint table tune ablation bench full-size scale real chaos fuzz clean
+.PHONY: demo circle test test-all lint table tune ablation bench full-size scale real chaos fuzz book clean
 
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
@@ -77,6 +77,10 @@ scale: $(READY)
 REAL ?=
 real: $(READY)
 	$(BIN)/python -m lab.real $(REAL)
+
+# The book, docs/book/, as notebooks and pages in out/book: all cells are run, a few minutes.
+book: $(READY_DEV)
+	$(BIN)/python -m lab.book
 
 clean:
 	rm -rf .venv out/demo
