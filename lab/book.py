@@ -45,7 +45,10 @@ from nbconvert import HTMLExporter
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 QUIET = "--IPKernelApp.log_level=ERROR"
-STYLE = "<style>.jp-RenderedMarkdown pre { margin: 0.8em 0 1em 1.5em }</style>"
+STYLE = """<style>
+.jp-RenderedMarkdown pre { margin: 0.8em 0 1em 1.5em !important }
+.jp-RenderedMarkdown .highlight { background: none }
+</style>"""
 
 
 def run(chapter: Path, folder: Path) -> nbformat.NotebookNode:
