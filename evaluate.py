@@ -37,6 +37,8 @@ same folder are refused. A table of other models is kept under its date. Under -
 
     images/SET/NAME/00000.png ...    image k: prompt k mod P of P prompts, from seed first_seed + k
     images/SET/NAME/manifest.json    model, settings, and prompt and seed of each image
+    index.html     the table, and all pictures side by side, for a browser; blind/index.html: a
+                   judgement of people, who save votes.json (docs/page.md)
     scores.json    {SET: {images: [{prompt, seed, category}], files: {NAME: [file, ...]},
                    scores: {NAME: {SCORER: [a number per image, ...]}}}}
     results.json   {models: {NAME: {model, base, architecture, size (pixels), identity}},
@@ -47,6 +49,8 @@ same folder are refused. A table of other models is kept under its date. Under -
                    win_rates: [{set, scorer, category, model, against, wins, losses, ties, n, rate,
                        low, high, published}, ...], category null: all images; published: in %,
                    costs: {NAME: cost.json of the model's folder},
+                   people: {SET: {judges: {NAME: votes}, pairs, shared, alpha, left, agreement}}
+                       of --votes, see people.py,
                    functions: {SCORER: digest of its file} of yours}, low, high: 95 % intervals
     table.md       the same for people
     SET.png        rows: prompts, evenly spaced over the set; columns: models
@@ -60,7 +64,7 @@ from typing import NamedTuple
 
 from evaluation import own
 from evaluation.published import PUBLISHED_SCORERS, TITLES, TOY
-from system.files import UserError, encoded, set_aside, write
+from system.files import UserError
 from system.hub import add_model_flags, check_local, say_of_files
 from system.program import Parser, reported
 
@@ -89,6 +93,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
              f"{' '.join(TOY)} for toy captions, else {' '.join(PUBLISHED_SCORERS)})")
     add("--scorer-folder", type=Path, metavar="FOLDER",
         help="copies of the scorers' hub repositories, as FOLDER/owner/name (default: the hub)")
+
+    add("--votes", nargs="+", type=Path, default=[], metavar="FILE",
+        help="votes.json of people, a file a judge, as blind/index.html under --out saves it: adds "
+             "people as a scorer; scores that are there are not computed again")
 
     add = parser.add_argument_group("how images are drawn").add_argument
     add("--seeds", type=int, default=1, metavar="N", help="images per prompt and model")
@@ -148,7 +156,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before the sec
 import torch
 
 import toy
-from evaluation import gallery, scorers, tables, winrate
+from evaluation import gallery, people, scorers, tables, votes, winrate, written
 from evaluation.gallery import generate, score
 from evaluation.models import choose_settings, family, free, load, precision
 from evaluation.prompts import PromptSet
@@ -173,12 +181,13 @@ class Source(NamedTuple):
 Found = dict[str, dict[str, Source]]  # {prompt set: {model: its images}}
 
 
-def check(args: argparse.Namespace) -> tuple[Found, list[str]]:
-    """(what is judged, by which scorers). Raises UserError.
+def check(args: argparse.Namespace) -> tuple[Found, list[str], list[votes.Vote]]:
+    """(what is judged, by which scorers, by which votes). Raises UserError.
 
     What is cheap to check comes first. In the end every model that draws is loaded once: its
     weights are there, fit together, and are those that drew what its folders already hold."""
     check_out(args.out)
+    votes.needs_library(args.votes)
     models = args.models
     given = {name: Path(path) for name, path in models.items() if gallery.is_gallery(path)}
     kinds = {name: hub.kind(path) for name, path in models.items() if name not in given}
@@ -222,7 +231,16 @@ def check(args: argparse.Namespace) -> tuple[Found, list[str]]:
         read_cost(found[sets[0].name][name].manifest.get("model"))
         identify(name, found)
         free()
-    return found, judges
+    return found, judges, read_votes(args.votes, found)
+
+
+def read_votes(paths: list[Path], found: Found) -> list[votes.Vote]:
+    """The votes of these files. Raises UserError."""
+    manifests = {key: [s.manifest for s in row.values()] for key, row in found.items()}
+    images = {key: some[0]["images"] for key, some in manifests.items()}
+    first = next(iter(found.values()))
+    identities = {name: source.manifest.get("identity") for name, source in first.items()}
+    return votes.read(paths, images, identities)
 
 
 def identify(name: str, found: Found):
@@ -300,8 +318,15 @@ def judge(scorer: str, folder: Path | None, found: Found) -> dict:
     }
 
 
-def report(found: Found, judged: dict[str, dict], out: Path, functions: dict[str, str]) -> dict:
-    """Write and print what the docstring lists; judged: {scorer: {set: {model: numbers}}}."""
+def report(
+    found: Found,
+    judged: dict[str, dict],
+    out: Path,
+    functions: dict[str, str],
+    cast: list[votes.Vote] | None = None,
+) -> dict:
+    """Write and print what the docstring lists; judged: {scorer: {set: {model: numbers}}}; cast:
+    the votes of people, if there are any."""
     models = {name: source.manifest for name, source in next(iter(found.values())).items()}
     keys = ("model", "base", "architecture", "size", "identity")
     costs = {name: read_cost(manifest.get("model")) for name, manifest in models.items()}
@@ -309,6 +334,7 @@ def report(found: Found, judged: dict[str, dict], out: Path, functions: dict[str
     results |= {"sets": {}, "scores": [], "win_rates": []}
     results["costs"] = {name: cost for name, cost in costs.items() if cost}
     results |= {"functions": functions} if functions else {}
+    results |= {"people": {}} if cast else {}
     kept = {}
     for key, row in found.items():
         results["sets"][key] = gallery.shared([source.manifest for source in row.values()])
@@ -319,24 +345,14 @@ def report(found: Found, judged: dict[str, dict], out: Path, functions: dict[str
         averages, rates = winrate.summarize(key, scores, prompts, categories, results)
         results["scores"] += averages
         results["win_rates"] += rates
+        if cast:
+            results["win_rates"] += people.records(key, cast, list(row), prompts, categories)
+            results["people"][key] = people.about(key, cast, scores, prompts)
         files = {n: [e["file"] for e in source.manifest["images"]] for n, source in row.items()}
         shown = [{k: v for k, v in entry.items() if k != "file"} for entry in images]
         kept[key] = {"images": shown, "files": files, "scores": scores}
-    out.mkdir(parents=True, exist_ok=True)
-    texts = {"scores.json": gallery.to_json(kept), "results.json": gallery.to_json(results)}
-    texts["table.md"] = tables.table(results)
-    there = [out / name for name in texts if (out / name).is_file()]
-    if any(path.read_bytes() != encoded(texts[path.name]) for path in there):
-        there += [path for key in found if (path := out / f"{key}.png").is_file()]
-        kept = ", ".join(path.name for path in set_aside(there))
-        print(f"The earlier results, of other models or settings, are kept as {kept}.\n")
-    for name, text in texts.items():
-        write(out / name, text)
-    print(texts["table.md"])
-    for key, row in found.items():
-        shown = {name: (source.folder, source.manifest["images"]) for name, source in row.items()}
-        picture = gallery.overview(shown, results["sets"][key]["prompts"])
-        gallery.save_png(picture, out / f"{key}.png")
+    folders = {key: {n: source.folder for n, source in row.items()} for key, row in found.items()}
+    written.save(out, kept, results, folders, cast or [])
     return results
 
 
@@ -345,7 +361,7 @@ def run(args: argparse.Namespace) -> dict:
     place = processes.together(gallery.device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    found, judges = processes.on_main(lambda: check(args))
+    found, judges, cast = processes.on_main(lambda: check(args))
     for key, row in found.items():
         drawn = {name: gallery.traits(source.manifest) for name, source in row.items()}
         if unknown := [name for name, traits in drawn.items() if None in traits.values()]:
@@ -355,11 +371,14 @@ def run(args: argparse.Namespace) -> dict:
         for name in args.models:
             draw(name, [row[name] for row in found.values()])
             free()
+        titles, functions, there = list(map(own.title, judges)), own.digests(judges), {}
+        if args.votes:
+            there = processes.on_main(lambda: written.scores(args.out, found, titles, functions))
         judged = {}
-        for scorer in judges:
-            judged[own.title(scorer)] = judge(scorer, args.scorer_folder, found)
+        for scorer, title in zip(judges, titles, strict=True):
+            judged[title] = there.get(title) or judge(scorer, args.scorer_folder, found)
             free()
-        return processes.on_main(lambda: report(found, judged, args.out, own.digests(judges)))
+        return processes.on_main(lambda: report(found, judged, args.out, functions, cast))
 
 
 def main(argv: list[str] | None = None) -> dict:

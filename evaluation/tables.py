@@ -5,6 +5,7 @@
 
 from pathlib import Path
 
+from evaluation import people
 from evaluation.published import HPS_CAVEAT, PERCENT, SOURCE, STEPS, TITLES
 from evaluation.winrate import sorted_pairs
 from system import text
@@ -71,8 +72,9 @@ def table(results: dict) -> str:
     rates, parts = results["win_rates"], [f"# {', '.join(names)}\n"]
     for key, about in results["sets"].items():
         parts.append(f"{titles[key]}: {describe(about)}.\n")
-    if results["scores"]:
-        parts.append("In brackets: 95 % intervals, over prompts.\n")
+    if rates or results["scores"]:
+        judges = "; of people, over prompts and judges" if "people" in results else ""
+        parts.append(f"In brackets: 95 % intervals, over prompts{judges}.\n")
 
     if rates:
         columns = list(dict.fromkeys((r["set"], r["scorer"], None) for r in rates))
@@ -84,17 +86,29 @@ def table(results: dict) -> str:
             note = f"In parentheses: published ({SOURCE}; {STEPS} steps, one image a prompt)."
             parts.append(f"{note} {HPS_CAVEAT}\n" if "hps" in compared else f"{note}\n")
 
+    for key, found in results.get("people", {}).items():
+        parts.append(f"## People{f': {titles[key]}' if len(titles) > 1 else ''}\n")
+        parts.append(f"{text.markdown(people.words(found))}\n")
+        if found["agreement"]:
+            parts.append(markdown(*agreement(found["agreement"])))
+            parts.append("Of the votes that were no ties; where a scorer has a tie, half counts.\n")
+
     parts += ["## Scores\n"] if results["scores"] else []
     for key, title in titles.items() if results["scores"] else []:
         parts += [f"### {title}\n"] if len(titles) > 1 else []
-        parts.append(score_table([r for r in results["scores"] if r["set"] == key], names))
+        head, rows = scores([r for r in results["scores"] if r["set"] == key], names)
+        parts.append(markdown(head, rows))
 
     grouped = [r for r in rates if r["category"] is not None]
     if grouped:
         parts.append("## Win rates by category\n")
         for key, scorer in dict.fromkeys((r["set"], r["scorer"]) for r in grouped):
             some = [r for r in grouped if (r["set"], r["scorer"]) == (key, scorer)]
-            columns = {f"{r['category']} ({r['n']})": (key, scorer, r["category"]) for r in some}
+            columns = {}
+            for category in dict.fromkeys(r["category"] for r in some):
+                sizes = {r["n"] for r in some if r["category"] == category}  # people's may differ
+                head = f"{category} ({sizes.pop()})" if len(sizes) == 1 else category
+                columns[head] = (key, scorer, category)
             parts.append(f"### {titles[key]}: {TITLES.get(scorer, scorer)}\n")
             parts.append(rate_table(some, names, columns))
         parts.append("In parentheses behind a category: its images.\n")
@@ -102,12 +116,22 @@ def table(results: dict) -> str:
     if results["costs"]:
         parts.append("## Training cost\n")
         parts.append("A UNet call is the forward of one image; a backward is two.\n")
-        lines = [
-            [name, *(write(cost) for write in COST.values())]
-            for name, cost in results["costs"].items()
-        ]
-        parts.append(markdown(["model", *COST], lines))
+        parts.append(markdown(*costs(results["costs"])))
     return "\n".join(parts)
+
+
+def costs(found: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): a row per model that was trained here."""
+    lines = [[name, *(write(cost) for write in COST.values())] for name, cost in found.items()]
+    return ["model", *COST], lines
+
+
+def agreement(found: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): a row per scorer, the share of people's votes that agree with it."""
+    shown = [(r, cell(r["share"], r["low"], r["high"], ".1f", 100)) for r in found]
+    return ["scorer", "agrees with people, %", "votes"], [
+        [TITLES.get(r["scorer"], r["scorer"]), said, f"{r['n']:,}"] for r, said in shown
+    ]
 
 
 def rate_table(records: list[dict], names: list[str], columns: dict[str, tuple]) -> str:
@@ -137,8 +161,9 @@ def describe(about: dict) -> str:
     return words + f", seeds from {about['first_seed']}, the same for all models"
 
 
-def score_table(records: list[dict], names: list[str]) -> str:
-    """A row per model: mean, interval and median of each scorer; PERCENT as share and change."""
+def scores(records: list[dict], names: list[str]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): a row per model: mean, interval and median of each scorer; PERCENT as share and
+    change."""
     head, rows = ["model"], {name: [name] for name in names}
     for scorer in dict.fromkeys(r["scorer"] for r in records):
         some = [r for r in records if r["scorer"] == scorer]
@@ -154,4 +179,4 @@ def score_table(records: list[dict], names: list[str]) -> str:
                 rows[r["model"]] += [cell(r["mean"], *ends, ".1f", 100), moved]
             else:
                 rows[r["model"]] += [cell(r["mean"], *ends, form), f"{r['median']:{form}}"]
-    return markdown(head, list(rows.values()))
+    return head, list(rows.values())

@@ -6,6 +6,7 @@ metrics.jsonl           one line per optimizer step
 tensorboard/, csv/      the same values, through DeepSpeed's monitors; see trackers.py
 wandb/, wandb.json      W&B's files; the id of the run there
 samples/                pictures of fixed prompts and seeds, the start beside the current model
+samples.html            the same for a browser, with scores and curves; see pages.py
 scores.jsonl, best/     how --judge likes these pictures, and the model that it liked best
 checkpoints/            of all ranks; see checkpoint.py
 .lock                   held by the job that writes here

@@ -39,7 +39,7 @@ from system.processes import (
     shares_folder,
 )
 from system.text import printable
-from training import budget, cache, card, folder, lora, trackers
+from training import budget, cache, card, folder, lora, pages, trackers
 from training.broken import BrokenPairs
 from training.guard import NonFiniteSteps, Watch
 from training.methods import loss_of
@@ -181,8 +181,17 @@ class Run:
         picture = self.out / "samples" / f"step_{step:06d}.png"
         if is_main() and picture.exists():
             self.trackers.note({trackers.SAMPLES: picture}, step)
+            self.write_page()
         self.keep_best(engine, scores, best)
         self.clock += time.monotonic() - clock  # drawing is not training
+
+    def write_page(self):
+        """samples.html; a page that fails costs a warning. Rank 0."""
+        try:
+            pages.write_samples(self.out, self.preview.prompts, self.facts)
+        except Exception as error:
+            said = f"Warning: {self.out / pages.NAME} was not written ({error})."
+            self.print_above_bar(said)
 
     def look(self, engine, step: int):
         """Log what becomes of the held-out pairs; keep the best model, if they are the judge."""
