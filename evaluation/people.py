@@ -25,11 +25,14 @@ def interval(values, prompts: list, judges: list) -> tuple[float, float]:
         V_groups = G / (G - 1) sum_g (sum_g values - p n_g)^2 / n^2
 
     at most n, where G is the number of groups, and V_groups 0 of a single one: of one judge it is
-    `winrate.interval` of a share, over prompts alone. The sum of both variances is the variance of
-    the bootstrap that draws prompts and judges apart (Owen 2007, arXiv 0712.1111); it counts that
-    of single votes more than once, so that the interval is rather too wide. In the place of z comes
-    Student's t with Satterthwaite's degrees of freedom, V^2 / sum V_groups^2 / (G - 1): few judges
-    who differ make it wide. Where V is 0 it says nothing: then z, and n is the number of prompts.
+    `winrate.interval` of a share, over prompts alone. In the place of z comes Student's t with
+    Satterthwaite's degrees of freedom, V^2 / sum V_groups^2 / (G - 1): few judges who differ make
+    it wide. Where V is 0 it says nothing: then z, and n is the number of prompts.
+
+    The sum of both counts the variance of single votes twice, so that the interval is rather too
+    wide, as with the pigeonhole bootstrap (Owen, Ann. Appl. Stat. 1, 2007). In simulations it held
+    the truth in 94 to 99 %, but in 88 to 90 % for two or three judges of very different taste
+    (logits that vary between judges as much as between prompts, with a standard deviation of 1).
     """
     values = np.asarray(values, dtype=float)
     n, p = len(values), float(values.mean())

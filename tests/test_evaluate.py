@@ -180,7 +180,7 @@ def test_the_same_seed_gives_the_same_file(stub):
     )
     assert len(one) == 36 and one == two
     assert not set(one) & set(three) - {one[1]} and one != three
-    assert files("one", "*.*") == files("two", "*.*") and len(files("one", "*.*")) == 4
+    assert files("one", "*.*") == files("two", "*.*") and len(files("one", "*.*")) == 5
 
 
 def test_picture_shows_prompts_evenly_spaced_and_models_side_by_side(stub):
@@ -341,7 +341,7 @@ def test_what_is_complete_is_not_drawn_again(stub):
 
 
 def test_a_table_of_other_models_is_kept_under_its_date(stub, capsys):
-    names, seen = ("scores.json", "results.json", "table.md", "toy.png"), []
+    names, seen = ("scores.json", "results.json", "table.md", "toy.png", "index.html"), []
     for day, models in enumerate(
         (("a=dull", "b=vivid"), ("b=vivid", "a=dull"), ("b=vivid", "old"))
     ):
@@ -361,7 +361,7 @@ def test_a_table_of_other_models_is_kept_under_its_date(stub, capsys):
         for name in names:
             stem, _, suffix = name.partition(".")
             assert Path("out", f"{stem}{tag}.{suffix}").read_bytes() == content[name]
-    assert len(files("out", "*.*")) == 12
+    assert len(files("out", "*.*")) == 15
 
 
 def test_settings_that_drew_no_image_yet_may_change(stub, capsys, monkeypatch):
