@@ -17,7 +17,7 @@ NASTY = [
     "\u65e5\u672c\u8a9e\u306e\u30d7\u30ed\u30f3\u30d7\u30c8",
     "a red square",
 ]
-MODELS = {"zebra": 60, "walrus": 120, "lemur": 240}  # brightness, which `glow` scores
+MODELS = {"zebra": 100, "walrus": 130, "lemur": 160}  # brightness, which `glow` scores
 SCORER = """
 import pathlib
 
@@ -45,7 +45,7 @@ def draw(root: Path, seeds: int = 2, sides=(16, 16, 32), texts=NASTY):
         (root / name / "manifest.json").write_text(json.dumps(about))
         for entry in images:
             dice = np.random.default_rng([entry["seed"], level])
-            pixels = np.full((side, side, 3), level + int(dice.integers(-40, 15)), np.uint8)
+            pixels = np.full((side, side, 3), level + int(dice.integers(-60, 60)), np.uint8)
             Image.fromarray(pixels).save(root / name / entry["file"])
 
 
