@@ -227,6 +227,7 @@ def check(args: argparse.Namespace) -> tuple[Found, list[str], list[votes.Vote]]
             about |= {"architecture": hub.architecture(around[name])} | settings[name] | asked
             row[name] = Source(args.out / "images" / prompts.name / name, about, True)
         gallery.refuse_mixing({name: source.manifest for name, source in row.items()})
+    read_votes(args.votes, found)  # what is wrong with them is said before weights are loaded
     for name in models:
         read_cost(found[sets[0].name][name].manifest.get("model"))
         identify(name, found)
@@ -345,9 +346,9 @@ def report(
         averages, rates = winrate.summarize(key, scores, prompts, categories, results)
         results["scores"] += averages
         results["win_rates"] += rates
-        if cast:
-            results["win_rates"] += people.records(key, cast, list(row), prompts, categories)
-            results["people"][key] = people.about(key, cast, scores, prompts)
+        if mine := [vote for vote in cast or () if vote.set == key]:
+            results["win_rates"] += people.records(key, mine, list(row), prompts, categories)
+            results["people"][key] = people.about(key, mine, scores, prompts)
         files = {n: [e["file"] for e in source.manifest["images"]] for n, source in row.items()}
         shown = [{k: v for k, v in entry.items() if k != "file"} for entry in images]
         kept[key] = {"images": shown, "files": files, "scores": scores}

@@ -79,12 +79,12 @@ def put(picture: Path, place: Path):
 def write_folder(out: Path, sets: dict, identities: dict, folders: dict, fill) -> None:
     """Write the folder. folders: {set: {model: its folder of pictures}}; fill(content) -> HTML.
 
-    Pictures of an earlier judgement are taken away."""
+    Pictures of an earlier judgement are taken away at the end."""
     shown, names = content(sets, identities)
     out.mkdir(parents=True, exist_ok=True)
-    for path in out.iterdir():
-        if NAME.fullmatch(path.name) and path.name not in names:
-            path.unlink()
-    for name, (key, model, k) in sorted(names.items()):  # the order of their dates is no model's
+    for name, (key, model, k) in sorted(names.items()):  # in an order that is no model's
         put(folders[key][model] / sets[key]["files"][model][k], out / name)
     write(out / "index.html", fill(shown))
+    for path in list(out.iterdir()):
+        if NAME.fullmatch(path.name) and path.name not in names:
+            path.unlink()

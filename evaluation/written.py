@@ -30,11 +30,10 @@ def save(out: Path, kept: dict, results: dict, folders: dict, votes: list[Vote])
         write(out / name, text)
     print(texts["table.md"])
     for key, row in folders.items():
-        shown = {
-            name: (folder, [{"prompt": e["prompt"], "file": file} for e, file in entries])
-            for name, folder in row.items()
-            for entries in [zip(kept[key]["images"], kept[key]["files"][name], strict=True)]
-        }
+        of, shown = kept[key], {}
+        for name, folder in row.items():
+            pairs = zip(of["images"], of["files"][name], strict=True)
+            shown[name] = folder, [entry | {"file": file} for entry, file in pairs]
         picture = gallery.overview(shown, results["sets"][key]["prompts"])
         gallery.save_png(picture, out / f"{key}.png")
     try:
@@ -82,7 +81,7 @@ def scores(out: Path, found: dict, judges: list[str], functions: dict) -> dict:
             return values
 
         known = results.get("functions", {})
-        judges = [j for j in judges if j in results_of(there) and known.get(j) == functions.get(j)]
+        judges = [j for j in judges if j in scorers_of(there) and known.get(j) == functions.get(j)]
         return {
             judge: {k: {name: numbers(judge, k, name) for name in row} for k, row in found.items()}
             for judge in judges
@@ -95,6 +94,6 @@ def texts_of(images: list[dict]) -> list[str]:
     return [entry["prompt"] for entry in images]
 
 
-def results_of(there: dict) -> set[str]:
+def scorers_of(there: dict) -> set[str]:
     """The scorers of scores.json."""
     return {scorer for row in there.values() for of in row["scores"].values() for scorer in of}
