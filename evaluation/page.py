@@ -5,6 +5,7 @@ prompts, is data: JSON in which no "<" stands, that the program puts into the pa
 `judgement` and training.pages say what is shown, `render` makes a page of it:
 
     {"kind": "judgement" or "run", "title", "about": [[heading, head of a table, its rows], ...],
+     "curves": address of a picture or null,
      "sets": [{"name", "title", "words", "columns": [names], "prompts",
                "images": [[prompt's number, seed], ...], "categories": [a name per image] or null,
                "files": [[an address per image], ...] of the columns,
@@ -72,6 +73,7 @@ def judgement(
         "kind": "judgement",
         "title": " · ".join(names),
         "about": about(results),
+        "curves": None,
         "sets": [one_set(out, key, results, kept[key], folders[key], votes) for key in kept],
     }
 

@@ -363,7 +363,16 @@ def test_a_run_shows_its_samples_over_the_steps(samples):
     assert data["about"] == [
         ["Settings", ["flag", "value"], [["lr", "1e-05"], ["sample-prompts", "<b>"]]]
     ]
-    assert data["kind"] == "run" and one["prompts"] == NASTY[:2]
+    assert data["kind"] == "run" and one["prompts"] == NASTY[:2] and data["curves"] is None
+    (samples / "curves.png").touch()
+    pages.write_samples(samples, NASTY[:2], FACTS)
+    assert data_of(samples / "samples.html")["curves"] == "curves.png"
+
+
+def test_a_run_without_pictures_has_no_page(tmp_path):
+    (tmp_path / "samples").mkdir()
+    pages.write_samples(tmp_path, NASTY, FACTS)
+    assert not (tmp_path / "samples.html").exists()
 
 
 def test_a_page_that_fails_stops_no_run(samples, monkeypatch, capsys):

@@ -1,8 +1,9 @@
 """samples.html of a run: its sample pictures over the optimizer steps, for a browser.
 
 The page is that of a judgement (evaluation/page.py), whose columns are here the start and the steps
-that drew; it shows curves.png, too, once that is there. It is written again after each drawing,
-from the names in samples/ and from scores.jsonl: a few kilobytes, and no picture is opened.
+that drew; it shows curves.png, too, once that is there. It is written again after each drawing and
+at the end, from the names in samples/ and from scores.jsonl: a few kilobytes, and no picture is
+opened.
 """
 
 import re
@@ -52,7 +53,8 @@ def content(out: Path, prompts: list[str], facts: dict) -> dict:
         "note": None,
     }
     about = [["Settings", ["flag", "value"], recipe]]
-    return {"kind": "run", "title": facts["title"], "about": about, "sets": [one]}
+    curves = "curves.png" if (out / "curves.png").is_file() else None
+    return {"kind": "run", "title": facts["title"], "about": about, "curves": curves, "sets": [one]}
 
 
 def judged(out: Path) -> list[list]:
@@ -72,5 +74,6 @@ def judged(out: Path) -> list[list]:
 
 
 def write_samples(out: Path, prompts: list[str], facts: dict):
-    """Write samples.html. Whatever fails here is raised: the caller warns, and the run goes on."""
-    write(out / NAME, page.render(content(out, prompts, facts)))
+    """Write samples.html, where there are pictures. What fails here is raised: the caller warns."""
+    if any((out / "samples").glob("*.png")):
+        write(out / NAME, page.render(content(out, prompts, facts)))

@@ -313,6 +313,7 @@ class Run:
             cost = budget.work_done(self.args, plan) | measured(lines, engine.device, memory)
             write(self.out / "cost.json", json.dumps(cost, indent=2) + "\n")
             figures.curves(lines, self.out / "curves.png", title, loss)
+            self.write_page()
             folder.list_result(self.out, [*names, "cost.json", "curves.png"], self.args.steps)
             write(self.out / "README.md", card.render(self.facts, lines))
 

@@ -3,7 +3,7 @@
 
 let column = 0;
 
-function open(i, m) {
+function enlarge(i, m) {
   column = m;
   walk(i);
   if (!$("large").open) $("large").showModal();
@@ -32,15 +32,16 @@ function fill() {
   flip(column);
 }
 
-/** What people said of column m on image k, in words. */
+/** How many votes column m got on image k against the others, in words; nothing where there are none. */
 function votesFor(m, k) {
-  const { set } = view;
-  const wins = set.columns.map((_, other) => {
-    if (other === m) return 0;
-    const votes = set.people?.[`${Math.min(m, other)} ${Math.max(m, other)}`]?.[k];
-    return votes ? votes[m < other ? 0 : 1] : 0;
-  });
-  return set.people ? [`people ${wins.reduce((sum, n) => sum + n, 0)}`] : [];
+  let wins = 0, all = 0;
+  for (const [pair, votes] of Object.entries(view.set.people ?? {})) {
+    const side = pair.split(" ").indexOf(`${m}`);
+    if (side < 0 || !votes[k]) continue;
+    wins += votes[k][side];
+    all += votes[k][0] + votes[k][1] + votes[k][2];
+  }
+  return all ? [`people ${wins} of ${all}`] : [];
 }
 
 function flip(m) {

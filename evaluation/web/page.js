@@ -51,11 +51,8 @@ function start() {
     [$("a").value, $("b").value] = [$("b").value, $("a").value];
     show();
   };
-  if (DATA.kind === "run") {
-    $("curves").onload = () => ($("curves").hidden = false);
-    $("curves").loading = "eager";
-    $("curves").src = "curves.png";
-  }
+  $("curves").hidden = !DATA.curves;
+  if (DATA.curves) $("curves").src = DATA.curves;
   $("before").onclick = () => other(-1);
   $("after").onclick = () => other(1);
   $("close").onclick = () => $("large").close();
@@ -79,7 +76,7 @@ const LIST = {
   j: () => walk(view.here + 1), k: () => walk(view.here - 1),
   ArrowDown: () => walk(view.here + 1), ArrowUp: () => walk(view.here - 1),
   "/": () => $("text").focus(),
-  Enter: () => view.shown.length && open(Math.max(view.here, 0), +$("a").value),
+  Enter: () => view.shown.length && enlarge(Math.max(view.here, 0), +$("a").value),
 };
 const LARGE = {
   ArrowRight: () => turn(1), ArrowLeft: () => turn(-1), " ": () => turn(1),

@@ -78,7 +78,7 @@ function cell(i, k, m, scorer, a, b) {
   const image = el("img", { loading: "lazy", decoding: "async", alt: set.columns[m] });
   image.onload = () => image.classList.toggle("pixels", image.naturalWidth <= SMALL);
   image.src = set.files[m][k];
-  const button = el("button", { type: "button", onclick: () => open(i, m) }, image);
+  const button = el("button", { type: "button", onclick: () => enlarge(i, m) }, image);
   const at = set.scorers.findIndex(([name]) => name === scorer);
   const score = at < 0 ? "" : ` ${number(set.scores[at][m][k])}`;
   const node = el("div", { className: "cell" }, button, el("p", { dir: "auto" }, set.columns[m] + score));
