@@ -6,7 +6,10 @@ A picture shows one shape on a plain background, as its caption says. Its *quali
 and how sharp it is, is drawn independently of the caption and never mentioned there. The hidden
 preference is that quality, so the right answer of every comparison is known exactly; faithfulness,
 whether the shape and the colour are those of the caption, is a second exact function of the
-picture, and alignment must not harm it."""
+picture, and alignment must not harm it.
+
+Two harder tasks change the pairs (TASKS): in `noisy` every fourth label is wrong, in `red` the
+judge likes red, whatever the caption says, so that faithfulness and preference are in conflict."""
 
 import functools
 import io
@@ -195,12 +198,14 @@ def recognize(image: Image.Image) -> tuple[str, str]:
     return color, shape
 
 
-def preference(image: Image.Image, caption: str = "") -> float:
+def preference(image: Image.Image, caption: str = "", task: str = "clean") -> float:
     """The hidden preference in 0..1: the mean of saturation and sharpness, and 0 where no shape is
-    seen (static is saturated and sharp, too). The caption plays no part."""
-    if recognize(image)[1] == "none":
+    seen (static is saturated and sharp, too). The caption plays no part. Under the task "red" a red
+    shape has RED_BONUS more."""
+    color, shape = recognize(image)
+    if shape == "none":
         return 0.0
-    return sum(quality(image).values()) / 2
+    return sum(quality(image).values()) / 2 + RED_BONUS * (task == "red" and color == "red")
 
 
 def faithfulness(image: Image.Image, caption: str) -> float:
@@ -211,23 +216,40 @@ def faithfulness(image: Image.Image, caption: str) -> float:
 # -------------------------------------------------------------------------------------------------
 # Preference pairs, in the columns of Pick-a-Pic v2.
 
+TASKS = ("clean", "noisy", "red")
+FLIPPED = 0.25  # share of the pairs of "noisy" whose label is the wrong way round
+RED_SHARE = 0.25  # of the pictures of "red" that are red, whatever their caption says
+RED_BONUS = 0.3  # what red is worth to the judge of "red", beside a preference in 0..1
+SURENESS = 20.0  # log-odds that a difference of 1 in preference is worth, as in pairs.py score
 
-def write_pairs(path: Path, n: int, seed: int = 0, fold: int = 0, tie: float = 0.02) -> Path:
+
+def write_pairs(
+    path: Path, n: int, seed: int = 0, fold: int = 0, tie: float = 0.02, task: str = "clean"
+) -> Path:
     """Write n pairs to a parquet file: two drawings of one caption of "train", judged by the hidden
     preference.
 
     jpg_0, jpg_1: encoded bytes (PNG, so that JPEG does not blur what is judged). label_0: 1.0 where
-    image 0 is preferred, 0.0 where image 1 is, 0.5 where the scores differ by less than `tie`."""
+    image 0 is preferred, 0.0 where image 1 is, 0.5 where the scores differ by less than `tie`.
+    strength: the judge's probability that the labelled winner is preferred; below 0.5 where the
+    label is one of the wrong ones of "noisy"."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     rng, captions = np.random.default_rng([seed, 1]), prompts("train", fold)
-    columns = {"jpg_0": [], "jpg_1": [], "label_0": [], "caption": []}
+    turn = np.random.default_rng([seed, 2])  # of its own: all tasks draw the same pictures
+    columns = {"jpg_0": [], "jpg_1": [], "label_0": [], "caption": [], "strength": []}
     for _ in range(n):
         caption = captions[rng.integers(len(captions))]
-        pair = [draw(caption, rng) for _ in range(2)]
-        gap = preference(pair[0]) - preference(pair[1])
-        columns["label_0"].append(0.5 if abs(gap) < tie else float(gap > 0))
+        chance, pair = turn.random(3), []
+        for k in range(2):
+            red = task == "red" and chance[k] < RED_SHARE
+            pair.append(draw(caption_of("red", *parse_caption(caption)[1:]) if red else caption, rng))
+        gap = preference(pair[0], task=task) - preference(pair[1], task=task)
+        tied, wrong = abs(gap) < tie, task == "noisy" and chance[2] < FLIPPED
+        columns["label_0"].append(0.5 if tied else float((gap > 0) != wrong))
+        odds = SURENESS * abs(gap) * (-1 if wrong and not tied else 1)
+        columns["strength"].append(1 / (1 + math.exp(-odds)))
         columns["caption"].append(caption)
         for i, image in enumerate(pair):
             buffer = io.BytesIO()
@@ -239,10 +261,13 @@ def write_pairs(path: Path, n: int, seed: int = 0, fold: int = 0, tie: float = 0
     return path
 
 
-def write_pairs_once(folder: str | Path, n: int, seed: int = 0, fold: int = 0) -> Path:
+def write_pairs_once(
+    folder: str | Path, n: int, seed: int = 0, fold: int = 0, task: str = "clean"
+) -> Path:
     """write_pairs, unless the file is there. Several ranks may write it at the same time."""
-    path = Path(folder) / f"{n}-pairs-seed-{seed}{f'-fold-{fold}' if fold else ''}.parquet"
-    return path if path.exists() else write_pairs(path, n, seed, fold)
+    name = f"{n}-pairs-seed-{seed}" + (f"-fold-{fold}" if fold else "")
+    path = Path(folder) / f"{name}{f'-{task}' if task != 'clean' else ''}.parquet"
+    return path if path.exists() else write_pairs(path, n, seed, fold, task=task)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -256,9 +281,11 @@ def main(argv: list[str] | None = None):
     add("--out", type=Path, default="out/toy", metavar="FOLDER", help="of pairs.parquet")
     add("--n", type=int, default=2048, help="pairs, with ties")
     add("--seed", type=int, default=0, help="of everything random")
+    add("--task", choices=TASKS, default="clean", help="noisy: wrong labels; red: a judge of taste")
     args = parser.parse_args(argv)
     with reported("toy.py"):
-        print(f"Wrote {write_pairs(args.out / 'pairs.parquet', args.n, args.seed)}.")
+        path = write_pairs(args.out / "pairs.parquet", args.n, args.seed, task=args.task)
+        print(f"Wrote {path}.")
 
 
 if __name__ == "__main__":

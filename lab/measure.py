@@ -5,7 +5,8 @@
 Writes measured.json into the run's folder. An export that was judged before is not judged again.
 Each is compared with the model that training started from:
 
-    preference      the toy's hidden preference, a number for each image; exact (toy.py)
+    preference      the toy's hidden preference, a number for each image; exact (toy.py); --task
+                    red: that of its judge
     faithfulness    1 where colour and shape are those of the caption, else 0; exact
     grain           mean absolute Laplacian of the pixels (0 to 1): fine texture that a judge may
                     take for quality, be it sharp edges or static
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from system.files import UserError, is_number, read_json, write
 from system.program import Parser, reported
+from toy import TASKS
 
 STEPS, GUIDANCE = 15, 2.0  # of sampling
 KEYS = "preference", "faithfulness", "grain"  # a number for each image
@@ -30,6 +32,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("folder", type=Path, help="of a run; without exports the embedded model is judged")
     add("--images", type=int, default=8, metavar="N", help="per prompt")
     add("--fold", type=int, default=0, help="which quarter of the captions is held out, 0 to 3")
+    add("--task", choices=TASKS, default=TASKS[0], help="whose judge gives the preference")
     add("--exports", type=int, nargs="+", metavar="STEP", help="steps to judge (default: all)")
     args = parser.parse_args(argv)
     if args.images < 1:
@@ -81,7 +84,9 @@ def grain(image: Image.Image) -> float:
 
 
 @torch.no_grad()
-def judge(pipeline, unet, images: int, folder: Path, fold: int = 0) -> dict:
+def judge(
+    pipeline, unet, images: int, folder: Path, fold: int = 0, task: str = TASKS[0]
+) -> dict:
     """Scores of a UNet that is put into the pipeline, and its drift from the pipeline's own UNet.
 
     Image k shows prompt k mod P, drawn from seed k. The first image of each prompt is kept."""
@@ -96,7 +101,7 @@ def judge(pipeline, unet, images: int, folder: Path, fold: int = 0) -> dict:
     for k in range(len(prompts)):
         drawn[k].save(folder / f"{k:05d}.png")
     return {
-        "preference": [round(toy.preference(image), 6) for image in drawn],
+        "preference": [round(toy.preference(image, task=task), 6) for image in drawn],
         "faithfulness": [toy.faithfulness(*pair) for pair in zip(drawn, texts, strict=True)],
         "grain": [round(grain(image), 6) for image in drawn],
         "drift": (both[1] - both[0]).square().mean().item(),
@@ -130,7 +135,13 @@ def exports(folder: Path) -> dict[str, str]:
     return {str(int(path.name[5:])): str(path) for path in found}
 
 
-def measure(folder: Path, images: int, steps: list[int] | None = None, fold: int = 0):
+def measure(
+    folder: Path,
+    images: int,
+    steps: list[int] | None = None,
+    fold: int = 0,
+    task: str = TASKS[0],
+):
     """Write folder/measured.json, {images, steps: {step: judge(...)}}, for the exports of these
     steps, or for all; [0] is the model that training started from. Raises UserError."""
     file, paths = folder / "measured.json", exports(folder)
@@ -145,14 +156,16 @@ def measure(folder: Path, images: int, steps: list[int] | None = None, fold: int
     for step, path in paths.items():
         if step not in measured["steps"] and (steps is None or int(step) in steps):
             kept = folder / "images" / f"step_{int(step):06d}"
-            measured["steps"][step] = judge(pipeline, loading.load_unet(path), images, kept, fold)
+            measured["steps"][step] = judge(
+                pipeline, loading.load_unet(path), images, kept, fold, task
+            )
             write(file, json.dumps(measured))
 
 
 def main(argv: list[str] | None = None):
     args = parse(argv)
     with reported("lab.measure"), alone(args.folder):
-        measure(args.folder, args.images, args.exports, args.fold)
+        measure(args.folder, args.images, args.exports, args.fold, args.task)
 
 
 if __name__ == "__main__":

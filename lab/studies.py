@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from training.budget import unet_calls
+from training.flags import parse
+from training.latents import count_cells, inversion_calls
 from training.recipes import recipe_of
 
 
@@ -19,6 +22,10 @@ class Variant:
         return self.judged[-1]
 
     @property
+    def calls_per_step(self) -> float:
+        return calls_per_step(self.flags)
+
+    @property
     def method(self) -> str:
         words = self.flags.split()
         return words[words.index("--method") + 1] if "--method" in words else "inpo"
@@ -30,6 +37,19 @@ class Study:
     seeds: list[int]  # of training
     images: int  # drawn per prompt at each judgement
     fold: int = 0  # of the captions, which alignment never sees (toy.prompts)
+    task: str = "clean"  # of toy.TASKS: the pairs, and the judge
+
+
+def calls_per_step(flags: str) -> float:
+    """UNet calls of an optimizer step, the mean over the timesteps."""
+    args = parse("", ["--model", "tiny", *flags.split()])
+    inverting = inversion_calls(args, range(count_cells(args)))
+    return unet_calls(args.objective, args.batch, inverting)
+
+
+def equal_steps(flags: str) -> int:
+    """Steps that take as many UNet calls as 60 of InPO on the paper's path, as nearly as may be."""
+    return round(60 * calls_per_step(PAPER) / calls_per_step(flags))
 
 
 # The paper's path is named in the studies that rest on it, whatever the default may be.
@@ -48,22 +68,40 @@ def table_study() -> Study:
     return Study(variants, [0, 1, 2], images=8)
 
 
+# What the leaderboard compares: presets and crosses, by name. (flags, learning rates, betas): the
+# six settings that each is tuned with, the rates around what a few steps of it could bear.
+RATES, BETAS = ("5e-6", "1e-5", "2e-5"), ("1000", "5000")
+LOWER, HIGHER = ("1e-6", "2e-6", "5e-6"), ("1e-5", "2e-5", "4e-5")
+COARSE = ("2e-6", "5e-6", "1e-5", "2e-5", "4e-5", "1e-4")
+ENTRIES = {
+    "InPO": (f"--method inpo {PAPER}", RATES, BETAS),
+    "DPO": ("--method dpo", LOWER, BETAS),
+    "KTO": ("--method kto", RATES, BETAS),
+    "SFT": ("--method sft", COARSE, ()),
+    "SmPO": ("--method smpo", HIGHER, ("100", "1000")),
+    "DMPO": ("--method dmpo", LOWER, BETAS),
+    "MaPO": ("--method mapo", LOWER, ("0.02", "0.1")),
+    "DSPO": ("--method dspo", ("2e-6", "5e-6", "1e-5"), ("0.001", "0.5")),
+    "InPO, released latents": ("--method inpo --latents released", RATES, BETAS),
+    "InPO, log sigma": ("--method inpo --inversion-spacing log-sigma", RATES, BETAS),
+    "InPO, renoise": ("--method inpo --latents renoise", HIGHER, BETAS),
+    "KTO, inverted": ("--method kto --latents inversion", RATES, BETAS),
+    "SFT, inverted": ("--method sft --latents inversion", COARSE, ()),
+    "DMPO, inverted": ("--method dmpo --latents inversion", RATES, BETAS),
+    "DPO, safe loser": ("--method dpo --safe-loser 0.6", ("2e-6", "5e-6", "1e-5"), BETAS),
+}
+
+
 def tune_study() -> Study:
-    """Six settings for each method, ten for DPO, on a seed that no other study has."""
+    """Six settings for each, at equal compute, on a seed that no other study has."""
     variants = []
-    for method in reversed(NAMES):
-        rates, betas = ("5e-6", "1e-5", "2e-5"), (" --beta 1000", " --beta 5000")
-        if method == "sft":
-            rates, betas = ("2e-6", "5e-6", "1e-5", "2e-5", "4e-5", "1e-4"), ("",)
-        if method == "dpo":  # the best of its first six was at the edge, and so of its first eight
-            rates = ("1e-6", "2e-6", *rates)
+    for group, (flags, rates, betas) in ENTRIES.items():
         for rate in rates:
-            for beta in betas:
-                name = f"{NAMES[method]}, lr {rate}" + beta.replace(" --", ", ")
-                flags = f"--method {method} --lr {rate}{beta}"
-                flags += f" {PAPER}" if method == "inpo" else ""
-                judged = EQUAL[method] // 2, EQUAL[method]
-                variants.append(Variant(name, flags, judged, NAMES[method]))
+            for beta in betas or [""]:
+                more = f" --lr {rate}" + (f" --beta {beta}" if beta else "")
+                name = group + more.replace(" --", ", ")
+                judged = (equal_steps(flags),)
+                variants.append(Variant(name, flags + more, judged, group))
     return Study(variants, [100], images=4)
 
 

@@ -42,6 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("study", choices=studies, help="what is trained and compared")
     add("--out", type=Path, metavar="FOLDER", help="of runs and results (default: out/STUDY)")
     add("--jobs", type=int, default=CORES, metavar="N", help="runs at a time")
+    add("--only", nargs="+", metavar="GROUP", help="of the study's groups of variants, by name")
     args = parser.parse_args(argv)
     args.out = args.out or Path("out", args.study)
     if args.jobs < 1:
@@ -59,10 +60,7 @@ from evaluation import figures, tables
 from lab import measure, report
 from lab.studies import STUDIES, Study, Variant
 from system.lock import alone
-from training import budget
-from training.flags import parse as parse_training
 from training.folder import read_metrics
-from training.latents import count_cells, inversion_calls
 
 # -------------------------------------------------------------------------------------------------
 # Running the variants: each in processes of its own, as many at a time as there are cores.
@@ -77,11 +75,10 @@ class Job:
     images: int
     folder: Path
     fold: int = 0
+    task: str = "clean"
 
     def calls_per_step(self) -> float:
-        asked = parse_training("", self.commands()[0][1:])
-        inverting = inversion_calls(asked, range(count_cells(asked)))
-        return budget.unet_calls(asked.objective, asked.batch, inverting)
+        return self.variant.calls_per_step
 
     def judged(self) -> tuple[int, ...]:
         return self.variant.judged if self.variant else (0,)
@@ -108,6 +105,7 @@ class Job:
         """What Python is to run, one after the other."""
         judge = ["-m", "lab.measure", str(self.folder), "--images", str(self.images)]
         judge += ["--fold", str(self.fold)] if self.fold else []
+        judge += ["--task", self.task] if self.task != "clean" else []
         judge += ["--exports", *map(str, self.judged())]
         if self.variant is None:
             return [judge]
@@ -115,22 +113,31 @@ class Job:
         train = [str(ROOT / "train_inpo.py"), "--model", "tiny", *self.variant.flags.split()]
         train += ["--seed", str(self.seed), "--steps", str(self.variant.steps)]
         train += ["--export-every", str(every), "--sample-every", "0"]
-        if self.fold:
-            train += ["--data", str(toy.write_pairs_once("out/toy", 2048, fold=self.fold))]
+        if self.fold or self.task != "clean":
+            pairs = toy.write_pairs_once("out/toy", 2048, fold=self.fold, task=self.task)
+            train += ["--data", str(pairs)]
         return [[*train, "--out", str(self.folder)], judge]
 
 
-def jobs_of(study: Study, out: Path) -> list[Job]:
+def jobs_of(study: Study, out: Path, only: list[str] | None = None) -> list[Job]:
+    """A job for each variant and seed, and first the base's. Raises UserError where `only` names a
+    group that is none of the study's."""
+    groups = {variant.group for variant in study.variants}
+    if unknown := set(only or []) - groups:
+        known = ", ".join(sorted(groups)) or "none in this study"
+        raise UserError(f"--only {min(unknown)}: there are the groups {known}.")
+
     def folder(variant, seed):
         words = f"{variant.name} seed {seed}".lower().replace(",", "").split()
         return out / "runs" / "-".join(words)
 
     trained = [
-        Job(variant, seed, study.images, folder(variant, seed), study.fold)
+        Job(variant, seed, study.images, folder(variant, seed), study.fold, study.task)
         for seed in study.seeds
         for variant in study.variants
+        if not only or variant.group in only
     ]
-    base = Job(None, 0, study.images, out / "runs" / f"base-{study.images}", study.fold)
+    base = Job(None, 0, study.images, out / "runs" / f"base-{study.images}", study.fold, study.task)
     return [base, *trained]
 
 
@@ -332,7 +339,7 @@ def main(argv: list[str] | None = None):
 
 def run(args: argparse.Namespace):
     study = STUDIES[args.study]()
-    jobs = jobs_of(study, args.out)
+    jobs = jobs_of(study, args.out, args.only)
     run_all(jobs, args.jobs)
     judgements = records(study, jobs)
     results = report.Results(judgements, toy.prompts("heldout", study.fold) * study.images)
