@@ -5,7 +5,8 @@ BIN := .venv/bin
 READY := .venv/ready
 READY_DEV := .venv/ready-dev
 
-.PHONY: demo circle test test-all lint table tune ablation bench full-size scale real chaos fuzz book clean
+.PHONY: demo circle test test-all lint leaderboard tune table ablation bench full-size scale real chaos fuzz
+.PHONY: book clean
 
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
@@ -33,9 +34,19 @@ circle: $(READY)
 	$(BIN)/python train_inpo.py --model tiny --data out/circle/pairs.parquet --out out/circle/aligned
 	$(BIN)/python evaluate.py --models base=tiny aligned=out/circle/aligned --prompts toy --seeds 16 --out out/circle
 
-# The paper's table in miniature, the settings that were tried, and an ablation; each continues where
-# it was stopped.
-table tune ablation: $(READY)
+# Every method and cross, on three tasks and in half precision; continues where it was stopped.
+leaderboard: $(READY)
+	$(BIN)/python -m lab.study leaderboard --out out/leaderboard --report docs/leaderboard.md
+	$(BIN)/python -m lab.study noisy --out out/leaderboard --report docs/leaderboard.md
+	$(BIN)/python -m lab.study red --out out/leaderboard --report docs/leaderboard.md
+	$(BIN)/python -m lab.study precision --out out/leaderboard --report docs/leaderboard.md
+
+# The settings that the leaderboard chooses from; likewise.
+tune: $(READY)
+	$(BIN)/python -m lab.study tune --out out/tune --report docs/tune.md
+
+# The paper's table in miniature, and an ablation; likewise.
+table ablation: $(READY)
 	$(BIN)/python -m lab.study $@ --out out/$@
 
 test: $(READY_DEV) lint

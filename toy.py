@@ -244,7 +244,9 @@ def write_pairs(
         chance, pair = turn.random(3), []
         for k in range(2):
             red = task == "red" and chance[k] < RED_SHARE
-            pair.append(draw(caption_of("red", *parse_caption(caption)[1:]) if red else caption, rng))
+            pair.append(
+                draw(caption_of("red", *parse_caption(caption)[1:]) if red else caption, rng)
+            )
         gap = preference(pair[0], task=task) - preference(pair[1], task=task)
         tied, wrong = abs(gap) < tie, task == "noisy" and chance[2] < FLIPPED
         columns["label_0"].append(0.5 if tied else float((gap > 0) != wrong))

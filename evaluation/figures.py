@@ -177,8 +177,8 @@ def trajectories(panels: list[dict], path: str | Path, title: str = "", columns:
 
     A panel has "title", "x" and "y" (labels with units), "lines": {name: [(xs, ys), ...]}, a
     trajectory per run of a model, and perhaps "span": the y axis begins at most at its lower end
-    and ends at its upper one. Faint lines are single runs, thick ones the mean of runs, point by
-    point. Colours follow the order in the panel."""
+    and ends at its upper one; "log": whether the x axis is logarithmic. Faint lines are single
+    runs, thick ones the mean of runs, point by point. Colours follow the order in the panel."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -196,7 +196,10 @@ def trajectories(panels: list[dict], path: str | Path, title: str = "", columns:
         if "span" in panel:
             low, high = panel["span"]
             axes.set_ylim(min(low, axes.get_ylim()[0]), high)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        if panel.get("log"):
+            axes.set_xscale("log")
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(color="#e6e6e6", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
@@ -263,6 +266,39 @@ def overlay(panels: list[dict], names: list[str], path: str | Path) -> None:
         text.set_parse_math(False)  # "$" may be in a name
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+
+
+# --------------------------------------------------------------------------------------------------
+# Dots: estimates and their intervals, a row for each name.
+
+
+def dots(panels: list[dict], path: str | Path, title: str = "") -> None:
+    """Draw panels of estimates side by side into one PNG, with the names at the left.
+
+    A panel has "title", "x" (a label with its unit), "rows": {name: (value, low, high)}, of the
+    same names in the same order, from the top, and perhaps "line", a value to compare with. A value
+    that is NaN leaves its row empty."""
+    from matplotlib.figure import Figure
+
+    names = list(panels[0]["rows"])
+    figure = Figure(figsize=(3.1 * len(panels) + 1.6, 0.9 + 0.3 * len(names)), layout="constrained")
+    places = figure.subplots(1, len(panels), squeeze=False, sharey=True).ravel()
+    for panel, axes in zip(panels, places, strict=True):
+        value, low, high = np.array([panel["rows"][name] for name in names], dtype=float).T
+        error = np.array([value - low, high - value])
+        axes.errorbar(value, names, xerr=error, fmt="o", color="C0", markersize=5, capsize=2)
+        if "line" in panel:
+            axes.axvline(panel["line"], color=GREY, linestyle="--", linewidth=1, zorder=1)
+        axes.set_title(panel["title"], loc="left", fontsize=10, fontweight="bold")
+        axes.set_xlabel(panel["x"], fontsize=9)
+        axes.grid(color="#e6e6e6", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    places[0].set_ylim(len(names) - 0.5, -0.5)
+    for label in places[0].get_yticklabels():
+        label.set_parse_math(False)  # "$" may be in a name
+    figure.suptitle(printable(title), fontsize=12, parse_math=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 # --------------------------------------------------------------------------------------------------

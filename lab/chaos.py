@@ -79,8 +79,8 @@ from lab import study
 
 flags = "--inversion-steps 2 --batch 2 --micro-batch 2 --workers 0 --checkpoint-every 1"
 variants = [study.Variant("InPO", flags, (1, 2), "InPO")]
-study.STUDIES["tune"] = lambda: study.Study(variants, [0], 1)
-study.main(["tune", "--out", sys.argv[1]])
+study.STUDIES["confirm"] = lambda: study.Study(variants, [0], 1)
+study.main(["confirm", "--out", sys.argv[1]])
 """
 
 
@@ -111,7 +111,8 @@ def programs(flags: list[str], ranks: int, folder: Path) -> dict[str, Program]:
             start | judge,
         ),
         "study": Program(
-            lambda out: ["-c", STUDY, out], start | study | {"its tables": "judgements.json"}
+            lambda out: ["-c", STUDY, out],
+            start | study | {"its tables": "confirm_judgements.json"},
         ),
         "pairs": Program(
             lambda out: [ROOT / "pairs.py", *make.split(), f"--out={out / 'pairs.parquet'}"],

@@ -84,9 +84,7 @@ def grain(image: Image.Image) -> float:
 
 
 @torch.no_grad()
-def judge(
-    pipeline, unet, images: int, folder: Path, fold: int = 0, task: str = TASKS[0]
-) -> dict:
+def judge(pipeline, unet, images: int, folder: Path, fold: int = 0, task: str = TASKS[0]) -> dict:
     """Scores of a UNet that is put into the pipeline, and its drift from the pipeline's own UNet.
 
     Image k shows prompt k mod P, drawn from seed k. The first image of each prompt is kept."""

@@ -19,10 +19,14 @@ from evaluation.gallery import open_image
 class Results:
     """Judgements, each {variant, seed, step, calls, preference, faithfulness, grain, drift}.
 
-    The base's judgement has the variant "base". prompts: the prompt of each image."""
+    The base's judgement has the variant "base". prompts: the prompt of each image. equal: {variant:
+    step} at equal compute, of those whose last judgement comes later."""
 
-    def __init__(self, judgements: list[dict], prompts: list[str]):
+    def __init__(
+        self, judgements: list[dict], prompts: list[str], equal: dict[str, int] | None = None
+    ):
         self.prompts = prompts
+        self.equal = equal or {}
         self.base = next(j for j in judgements if j["variant"] == "base")
         trained = [j for j in judgements if j is not self.base]
         self.variants = list(dict.fromkeys(j["variant"] for j in trained))
@@ -33,10 +37,11 @@ class Results:
         return sorted({step for name, _, step in self._at if name == variant})
 
     def get(self, variant: str, step: int, key: str) -> np.ndarray:
-        """Scores, a row for each training seed; step -1 is the last. All rows of "base" agree."""
+        """Scores, a row for each training seed; step -1 is that of equal compute, mostly the last.
+        All rows of "base" agree."""
         if variant == "base":
             return np.array([self.base[key]] * len(self.seeds))
-        step = self.steps(variant)[-1] if step == -1 else step
+        step = self.equal.get(variant, self.steps(variant)[-1]) if step == -1 else step
         return np.array([self._at[variant, seed, step][key] for seed in self.seeds])
 
     def wins(self, variant: str, against: str, step: int = -1) -> dict:
@@ -65,32 +70,43 @@ class Results:
         faithfulness, or wins, the share of images better than the base's.
 
         A tie counts half, so that a run starts at one half."""
-        runs = [self._at[variant, seed, step] for step in self.steps(variant)]
-        points = [self.base | {"step": 0, "calls": 0, "drift": 0.0}, *runs]
+        points = self._points(variant, seed)
         if key == "wins":
             base = np.array(self.base["preference"])
             wins = [np.array(p["preference"]) - base for p in points]
             return np.array([((w > 0) + 0.5 * (w == 0)).mean() for w in wins])
         return np.array([np.mean(p[key]) for p in points])
 
+    def _points(self, variant: str, seed: int) -> list[dict]:
+        runs = [self._at[variant, seed, step] for step in self.steps(variant)]
+        return [self.base | {"step": 0, "calls": 0, "drift": 0.0}, *runs]
+
+    def at_drift(self, variant: str, key: str, level: float) -> np.ndarray:
+        """Scores where each seed's run has moved that far, (seeds, images); see `at_drift`."""
+        images = [np.array([p[key] for p in self._points(variant, seed)]) for seed in self.seeds]
+        drifts = [self.path(variant, seed, "drift") for seed in self.seeds]
+        return np.array([at_drift(*run, level) for run in zip(drifts, images, strict=True)])
+
     def paths(self, variant: str, x: str, y: str) -> list[tuple[np.ndarray, np.ndarray]]:
         return [(self.path(variant, s, x), self.path(variant, s, y)) for s in self.seeds]
 
 
-def at_drift(drift: np.ndarray, values: np.ndarray, level: float) -> float:
+def at_drift(drift: np.ndarray, values: np.ndarray, level: float) -> np.ndarray | float:
     """The value where a run has first moved as far as `level`; the first point is the base.
+
+    drift: (points,). values: a number or a row of numbers a point.
 
     NaN where it never has, and where it had done so before its first judgement. Between judgements
     the value is linear in the root of the drift, which grows evenly along a straight way."""
     reached = np.flatnonzero(drift >= level)
     if not len(reached) or 0 < level < drift[1]:
-        return float("nan")
+        return np.full(values.shape[1:], np.nan)[()]
     j = reached[0]
     if j == 0:
-        return float(values[0])
+        return values[0]
     a, b = np.sqrt(drift[j - 1]), np.sqrt(drift[j])
     share = (np.sqrt(level) - a) / (b - a)
-    return float(values[j - 1] + share * (values[j] - values[j - 1]))
+    return values[j - 1] + share * (values[j] - values[j - 1])
 
 
 def common_levels(results: Results, variants: list[str]) -> list[float]:
@@ -150,9 +166,14 @@ def wins_table(results: Results, columns: dict[str, int]) -> str:
 
 
 def scores_table(
-    results: Results, step: int = -1, variants: list[str] = (), grain: bool = False
+    results: Results,
+    step: int = -1,
+    variants: list[str] = (),
+    grain: bool = False,
+    settings: dict[str, list[str]] | None = None,
 ) -> str:
-    """A row for the base and one for each variant; () means all of them. grain: show it as well."""
+    """A row for the base and one for each variant; () means all of them. grain: show it as well.
+    settings: more cells of each variant, before the others."""
     rows = []
     for name in ["base", *(variants or results.variants)]:
         base, drift = name == "base", results.get(name, step, "drift").mean()
@@ -161,8 +182,12 @@ def scores_table(
         row.append(f"{np.median(results.get(name, step, 'preference')):.3f}")
         row.append(cell(results.mean(name, "faithfulness", step), "mean"))
         row.append("0" if base else f"{drift:.5f}")
-        rows.append([*row, f"{results.get(name, step, 'grain').mean():.4f}"] if grain else row)
-    heads = ["wins over base, %", "mean preference", "median", "faithfulness, %", "drift"]
+        row += [f"{results.get(name, step, 'grain').mean():.4f}"] if grain else []
+        if settings:
+            row[1:1] = settings.get(name, ["", ""])
+        rows.append(row)
+    heads = ["flags", "steps"] if settings else []
+    heads += ["wins over base, %", "mean preference", "median", "faithfulness, %", "drift"]
     heads += ["grain"] if grain else []
     return tables.markdown(["model", *heads], rows)
 
@@ -187,6 +212,59 @@ def matched_table(results: Results, variants: list[str]) -> str:
     return tables.markdown(
         ["model", *(f"{key} at drift {d:.2g}" for d in levels for key in keys)], rows
     )
+
+
+def compared(results: Results, variant: str, level: float) -> dict[str, dict]:
+    """The preference of a variant in three comparisons, {heading: stats as of Results.mean}."""
+    found = {
+        "after 60 steps": results.get(variant, 60, "preference"),
+        "at equal compute": results.get(variant, -1, "preference"),
+        f"at drift {level:.2g}": results.at_drift(variant, "preference", level),
+    }
+    return {heading: stats_of(results, values) for heading, values in found.items()}
+
+
+def stats_of(results: Results, values: np.ndarray) -> dict:
+    """winrate.average of scores (seeds, images) and each seed's mean; NaN where one is unknown."""
+    if np.isnan(values).any():
+        return dict.fromkeys(("mean", "low", "high"), float("nan")) | {"seeds": []}
+    stats = winrate.average(values.ravel(), results.prompts * len(values))
+    return stats | {"seeds": values.mean(1).tolist()}
+
+
+def ranked(results: Results) -> list[str]:
+    """The variants, the highest mean preference at equal compute first."""
+    return sorted(
+        results.variants, key=lambda v: results.get(v, -1, "preference").mean(), reverse=True
+    )
+
+
+def rank_table(results: Results, level: float) -> str:
+    """The variants in order of their preference, and how much they gain over the first listed."""
+    first, rows = results.variants[0], []
+    for name in ranked(results):
+        stats = compared(results, name, level)
+        cells = ["" if np.isnan(s["mean"]) else cell(s, "mean", 1, ".3f") for s in stats.values()]
+        gain = "" if name == first else cell(results.gain(name, first), "mean", 1, "+.3f")
+        rows.append([name, *cells, gain])
+    heads = [f"preference {heading}" for heading in stats]
+    return tables.markdown(["model", *heads, f"gain over {first}, at equal compute"], rows)
+
+
+def rank_panels(results: Results, level: float) -> list[dict]:
+    """Panels of figures.dots: preference in the three comparisons, and faithfulness."""
+    start, found = results.mean("base", "preference")["mean"], {}
+    for name in ranked(results):
+        for heading, stats in compared(results, name, level).items():
+            panel = {"title": heading.capitalize(), "x": "mean preference", "line": start}
+            ends = stats["mean"], stats["low"], stats["high"]
+            found.setdefault(heading, panel | {"rows": {}})["rows"][name] = ends
+        stats = results.mean(name, "faithfulness")
+        panel = {"title": "Faithful, at equal compute", "x": "share of the images"}
+        panel["line"] = results.mean("base", "faithfulness")["mean"]
+        ends = stats["mean"], stats["low"], stats["high"]
+        found.setdefault("faithful", panel | {"rows": {}})["rows"][name] = ends
+    return list(found.values())
 
 
 def cost_table(costs: dict[str, list[dict]]) -> str:

@@ -1,7 +1,9 @@
 """The studies: which variants of the tiny model are trained, from which seeds, and when judged."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
+from lab import tuning
 from training.budget import unet_calls
 from training.flags import parse
 from training.latents import count_cells, inversion_calls
@@ -16,6 +18,8 @@ class Variant:
     flags: str  # besides --model, --seed, --steps and --out
     judged: tuple[int, ...]  # after these optimizer steps; the last one ends the run
     group: str = ""  # heading in the report
+    equal: int = 0  # the step at equal compute, 0 where that is the last
+    precision: str = "fp32"  # or bf16, fp16: of the UNets, see lab/half.py
 
     @property
     def steps(self) -> int:
@@ -103,6 +107,49 @@ def tune_study() -> Study:
                 judged = (equal_steps(flags),)
                 variants.append(Variant(name, flags + more, judged, group))
     return Study(variants, [100], images=4)
+
+
+# Steps at which entries are judged that have so many at equal compute. Of all but the last there
+# are few multiples of their common divisor, which is what a run exports.
+JUDGED = {
+    38: (4, 8, 16, 26, 38, 60),
+    55: (5, 15, 25, 40, 55, 60),
+    60: (4, 12, 24, 40, 60),
+    71: (5, 15, 25, 40, 60, 71),
+    134: (10, 30, 60, 100, 134),
+    142: (10, 30, 60, 100, 142),
+    190: (10, 30, 60, 120, 190),
+    380: (20, 60, 160, 260, 380),
+}
+PRESETS = "InPO", "DPO", "KTO", "SFT", "SmPO", "DMPO", "MaPO", "DSPO"
+
+
+def entry(name: str) -> Variant:
+    """An entry of the leaderboard at the setting that docs/settings.json has chosen."""
+    flags = tuning.flags_of(name)
+    equal = equal_steps(flags)
+    group = "Methods" if name in PRESETS else "Crosses"
+    return Variant(name, flags, JUDGED[equal], group, equal)
+
+
+def leaderboard_study() -> Study:
+    """Every entry, judged early as well: each leaves the base in a way of its own."""
+    return Study([entry(name) for name in ENTRIES], [0, 1, 2], images=4)
+
+
+def task_study(task: str) -> Study:
+    """Five methods on another task, at the settings that were chosen on the clean one."""
+    judged = {60: (24, 60), 38: (16, 38, 60), 142: (60, 142), 380: (60, 380)}
+    variants = [entry(name) for name in PRESETS[:5]]
+    variants = [replace(variant, judged=judged[variant.equal]) for variant in variants]
+    return Study(variants, [0, 1, 2], images=4, task=task)
+
+
+def precision_study() -> Study:
+    """InPO's UNets in three precisions. The run in fp32 is the leaderboard's."""
+    start = replace(entry("InPO"), judged=(60,))
+    halves = [replace(start, name=f"InPO, {p}", precision=p) for p in ("bf16", "fp16")]
+    return Study([start, *halves], [0, 1, 2], images=4)
 
 
 def ablation_study() -> Study:
@@ -204,6 +251,10 @@ def verdict_study() -> Study:
 
 
 STUDIES = {
+    "leaderboard": leaderboard_study,
+    "noisy": partial(task_study, "noisy"),
+    "red": partial(task_study, "red"),
+    "precision": precision_study,
     "table": table_study,
     "tune": tune_study,
     "ablation": ablation_study,

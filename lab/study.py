@@ -1,8 +1,12 @@
 """Studies in miniature: train many variants of the tiny model, measure them on the way, compare.
 
+    python -m lab.study tune        # six settings for each method                   (make tune)
+    python -m lab.study leaderboard # methods and crosses, three seeds each   (make leaderboard)
+    python -m lab.study noisy       # five methods where every fourth label is wrong       (also)
+    python -m lab.study red         # where the judge likes red, whatever the captions    (also)
+    python -m lab.study precision   # InPO in fp32, bf16 and fp16                         (also)
     python -m lab.study table       # SFT, DPO, KTO and InPO, three seeds each      (make table)
-    python -m lab.study tune        # the settings that were tried for each method  (make tune)
-    python -m lab.study ablation    # what the parts of InPO do                     (make ablation)
+    python -m lab.study ablation    # what the parts of InPO do                  (make ablation)
     python -m lab.study inversion   # paths of inversion, five seeds
     python -m lab.study drift       # some of them early on, where all have moved equally far
     python -m lab.study confirm     # the chosen path, on seeds and captions not used before
@@ -10,7 +14,7 @@
     python -m lab.study verdict     # each at the rate that was chosen, on new seeds and captions
 
 The same command continues a study; runs that are done are kept. A variant is a line of
-train_inpo.py. In `table` and `tune` all variants take the same number of UNet calls
+train_inpo.py. In `table`, `tune` and the leaderboard all take the same number of UNet calls
 (training/budget.py), in `ablation` the same number of optimizer steps. lab/measure.py judges each
 on the way, on captions that alignment never saw, against the model that it started from: by the
 hidden preference, by faithfulness to the caption, and by drift, how far it has moved.
@@ -38,15 +42,19 @@ CORES = len(os.sched_getaffinity(0))
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("lab.study", __doc__)
     add = parser.add_argument
-    studies = "table tune ablation inversion drift confirm rates verdict".split()
+    studies = "leaderboard noisy red precision tune table ablation inversion drift confirm".split()
+    studies += ["rates", "verdict"]
     add("study", choices=studies, help="what is trained and compared")
     add("--out", type=Path, metavar="FOLDER", help="of runs and results (default: out/STUDY)")
     add("--jobs", type=int, default=CORES, metavar="N", help="runs at a time")
+    add("--report", type=Path, metavar="FILE", help="Markdown file, whose section is replaced")
     add("--only", nargs="+", metavar="GROUP", help="of the study's groups of variants, by name")
     args = parser.parse_args(argv)
     args.out = args.out or Path("out", args.study)
     if args.jobs < 1:
         parser.error("--jobs must be at least 1.")
+    if args.report and not args.report.is_file():
+        parser.error(f"--report {args.report}: must be a Markdown file that exists.")
     return args
 
 
@@ -56,8 +64,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 import toy
-from evaluation import figures, tables
-from lab import measure, report
+from lab import measure, pages, report
 from lab.studies import STUDIES, Study, Variant
 from system.lock import alone
 from training.folder import read_metrics
@@ -110,7 +117,10 @@ class Job:
         if self.variant is None:
             return [judge]
         every = math.gcd(*self.variant.judged[:-1]) or self.variant.steps  # after the last, too
-        train = [str(ROOT / "train_inpo.py"), "--model", "tiny", *self.variant.flags.split()]
+        program = [str(ROOT / "train_inpo.py")]
+        if self.variant.precision != "fp32":
+            program = ["-m", "lab.half", self.variant.precision]
+        train = [*program, "--model", "tiny", *self.variant.flags.split()]
         train += ["--seed", str(self.seed), "--steps", str(self.variant.steps)]
         train += ["--export-every", str(every), "--sample-every", "0"]
         if self.fold or self.task != "clean":
@@ -129,7 +139,9 @@ def jobs_of(study: Study, out: Path, only: list[str] | None = None) -> list[Job]
 
     def folder(variant, seed):
         words = f"{variant.name} seed {seed}".lower().replace(",", "").split()
-        return out / "runs" / "-".join(words)
+        return runs / "-".join(words)
+
+    runs = out / "runs" if study.task == "clean" else out / "runs" / study.task
 
     trained = [
         Job(variant, seed, study.images, folder(variant, seed), study.fold, study.task)
@@ -137,7 +149,7 @@ def jobs_of(study: Study, out: Path, only: list[str] | None = None) -> list[Job]
         for variant in study.variants
         if not only or variant.group in only
     ]
-    base = Job(None, 0, study.images, out / "runs" / f"base-{study.images}", study.fold, study.task)
+    base = Job(None, 0, study.images, runs / f"base-{study.images}", study.fold, study.task)
     return [base, *trained]
 
 
@@ -212,122 +224,6 @@ def records(study: Study, jobs: list[Job]) -> list[dict]:
 
 
 # -------------------------------------------------------------------------------------------------
-# What is written: NAME.md (tables), NAME.json (win rates), judgements.json, pictures.
-
-
-PROMPTS = toy.prompts("heldout")
-TRADE = [("drift", "preference"), ("preference", "faithfulness")]  # what is gained, and its price
-
-
-def seeds_of(results: report.Results) -> str:
-    return f"training seeds {', '.join(map(str, results.seeds))}"
-
-
-def write_table(results: report.Results, jobs: list[Job], out: Path) -> str:
-    shortest = min(results.steps(name)[-1] for name in results.variants)
-    columns = {f"after {shortest} steps": shortest, "at equal compute": -1}
-    costs = {name: [] for name in results.variants}
-    shown = {"base": jobs[0].folder / "images" / "step_000000"}
-    for job in jobs[1:]:
-        fix = "delete that folder; the same command trains again"
-        if (cost := tables.read_cost(job.folder, fix)) is None:
-            raise UserError(f"{job.folder} has no cost.json; {fix}.")
-        costs[job.variant.name].append(cost)
-        if job.seed == results.seeds[0]:
-            last = f"step_{job.variant.steps:06d}"
-            shown[job.variant.name] = job.folder / "images" / last
-    axes = [("step", "wins"), ("step", "preference"), ("calls", "wins"), ("calls", "preference")]
-    panels = report.panels(results, results.variants, axes + TRADE)
-    figures.trajectories(panels, out / "table.png", f"The tiny model, {seeds_of(results)}")
-    report.samples(shown, PROMPTS, out / "samples.png")
-    parts = {
-        "Wins on the hidden preference": report.wins_table(results, columns),
-        f"Scores after {shortest} steps": report.scores_table(results, shortest),
-        "Scores at equal compute": report.scores_table(results),
-        "Where all have moved equally far": report.matched_table(results, results.variants),
-        "Training cost, at equal compute": report.cost_table(costs),
-    }
-    return "\n".join(f"## {heading}\n\n{part}" for heading, part in parts.items())
-
-
-def write_groups(results: report.Results, jobs: list[Job], out: Path, common: list[str]) -> str:
-    """A table and panels for each group of variants, with the common variants before its own.
-
-    Where there are common ones, a second table shows scores where all have moved equally far."""
-    groups, panels, text = {}, [], ""
-    for job in jobs[1:]:
-        if job.variant.group and job.seed == results.seeds[0]:
-            groups.setdefault(job.variant.group, list(common)).append(job.variant.name)
-    for heading, names in groups.items():
-        for panel in report.panels(results, names, TRADE):
-            panels.append(panel | {"title": heading})
-        text += f"## {heading}\n\n{report.scores_table(results, -1, names)}\n"
-        if common:  # among variants of one recipe
-            text += f"{report.matched_table(results, names)}\n"
-    title = f"Variants of the tiny model, {seeds_of(results)}"
-    figures.trajectories(panels, out.with_suffix(".png"), title)
-    return text
-
-
-def write_tune(results: report.Results, jobs: list[Job], out: Path) -> str:
-    return write_groups(results, jobs, out / "tune", [])
-
-
-def write_inversion(results: report.Results, jobs: list[Job], out: Path) -> str:
-    shown = {"base": jobs[0].folder / "images" / "step_000000"}
-    for job in jobs[1:]:
-        if job.seed == results.seeds[0]:
-            shown[job.variant.name] = job.folder / "images" / "step_000060"
-    few = [name for name in results.variants if "eta" not in name]
-    axes = [("step", "preference"), ("calls", "preference"), *TRADE, ("preference", "grain")]
-    panels = report.panels(results, few, axes)
-    title = f"Paths of inversion, {seeds_of(results)}"
-    figures.trajectories(panels, out / "inversion.png", title, columns=3)
-    report.samples({name: shown[name] for name in ["base", *few]}, PROMPTS, out / "samples.png")
-    against = [
-        [name, *(report.cell(results.wins(name, few[0], step), "rate") for step in (60, -1))]
-        for name in results.variants[1:]
-    ]
-    heads = ["", f"wins over {few[0]}, %, after 60 steps", "at equal compute"]
-    parts = {
-        "After 60 steps": report.scores_table(results, 60, grain=True),
-        "At equal compute": report.scores_table(results, grain=True),
-        "Against the paper's path": tables.markdown(heads, against),
-    }
-    return "\n".join(f"### {heading}\n\n{part}" for heading, part in parts.items())
-
-
-def write_drift(results: report.Results, jobs: list[Job], out: Path) -> str:
-    panels = report.panels(results, results.variants, TRADE)
-    figures.trajectories(panels, out / "drift.png", f"The first steps, {seeds_of(results)}")
-    return report.matched_table(results, results.variants)
-
-
-def write_confirm(results: report.Results, jobs: list[Job], out: Path) -> str:
-    columns = {"after 60 steps": -1}
-    return f"{report.scores_table(results, grain=True)}\n{report.wins_table(results, columns)}"
-
-
-def write_rates(results: report.Results, jobs: list[Job], out: Path) -> str:
-    return write_groups(results, jobs, out / "rates", [])
-
-
-def write_ablation(results: report.Results, jobs: list[Job], out: Path) -> str:
-    return write_groups(results, jobs, out / "ablation", ["recipe"])
-
-
-WRITERS = {
-    "table": write_table,
-    "tune": write_tune,
-    "ablation": write_ablation,
-    "inversion": write_inversion,
-    "drift": write_drift,
-    "confirm": write_confirm,
-    "rates": write_rates,
-    "verdict": write_confirm,
-}
-
-# -------------------------------------------------------------------------------------------------
 # The command line.
 
 
@@ -342,15 +238,19 @@ def run(args: argparse.Namespace):
     jobs = jobs_of(study, args.out, args.only)
     run_all(jobs, args.jobs)
     judgements = records(study, jobs)
-    results = report.Results(judgements, toy.prompts("heldout", study.fold) * study.images)
-    text, wins = WRITERS[args.study](results, jobs, args.out), report.all_wins(results)
-    write(args.out / "judgements.json", json.dumps(judgements))
+    equal = {variant.name: variant.equal for variant in study.variants if variant.equal}
+    prompts = toy.prompts("heldout", study.fold) * study.images
+    results = report.Results(judgements, prompts, equal)
+    text, wins = pages.WRITERS[args.study](results, jobs, args.out), report.all_wins(results)
+    write(args.out / f"{args.study}_judgements.json", json.dumps(judgements))
     write(args.out / f"{args.study}.md", text)
     write(args.out / f"{args.study}.json", json.dumps(wins, indent=1) + "\n")
     print(text)
     committed = ROOT / "docs" / f"{args.study}.json"
     if committed.exists():
         print(report.compare(wins, json.loads(committed.read_text()), f"docs/{committed.name}"))
+    if args.report:
+        pages.publish(args.study, text, args.out, args.report)
 
 
 if __name__ == "__main__":

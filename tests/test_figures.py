@@ -110,6 +110,30 @@ def test_curves_show_what_was_measured_of_held_out_pairs(tmp_path):
     assert drawn[0] == 0 and drawn[1] > 1000
 
 
+def test_dots_lie_at_their_values_in_the_order_of_the_rows(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
+    rows = {"b $2": (0.5, 0.4, 0.7), "a": (0.3, 0.25, 0.35)}
+    empty = {"b $2": (math.nan,) * 3, "a": (0.9, 0.8, 0.95)}
+    panels = [
+        {"title": "one", "x": "share", "rows": rows, "line": 0.45},
+        {"title": "two", "x": "share", "rows": empty},
+    ]
+    figures.dots(panels, tmp_path / "new" / "dots.png", "$")
+    assert Image.open(tmp_path / "new" / "dots.png").width > 600
+    one, two = drawn[0].axes
+    assert [label.get_text() for label in one.get_yticklabels()] == ["b $2", "a"]
+    assert one.get_ylim()[0] > one.get_ylim()[1]  # the first row is on top
+    points, _, (bars,) = one.containers[0]
+    assert points.get_xdata().tolist() == [0.5, 0.3]
+    ends = [[segment[0][0], segment[1][0]] for segment in bars.get_segments()]
+    assert np.array(ends) == pytest.approx(np.array([[0.4, 0.7], [0.25, 0.35]]))
+    assert np.isnan(two.containers[0][0].get_xdata()[0]) and two.get_title(loc="left") == "two"
+
+
 def test_series_leave_out_what_is_missing_and_subtract_the_reference():
     metrics = [{"step": 5, "err": 0.5, "ref": 0.2}, {"step": 6, "err": 0.4}]
     metrics += [{"step": 7, "ref": 0.4}, {"step": 8, "err": 0.1, "ref": 0.3}]

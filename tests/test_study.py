@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ from PIL import Image
 
 import toy
 from evaluation import figures
-from lab import measure, report, studies, study
+from lab import half, measure, pages, report, studies, study, tuning
 from system.files import UserError
 from system.lock import alone
 from training.flags import parse
+from training.recipes import recipe_of
 from weights import loading
 
 PROMPTS = toy.prompts("heldout")
@@ -29,12 +31,8 @@ PROMPTS = toy.prompts("heldout")
 # What is run.
 
 
-LARGE = "confirm", "verdict"
-NAMED = [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in study.STUDIES]
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_commands_of_a_study_are_understood_and_folders_differ(name, tmp_path):
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_commands_of_a_study_are_understood_and_folders_differ(name, entries, tmp_path):
     jobs = study.jobs_of(study.STUDIES[name](), tmp_path)
     assert len({job.folder for job in jobs}) == len(jobs)
     for job in jobs:
@@ -44,6 +42,10 @@ def test_commands_of_a_study_are_understood_and_folders_differ(name, tmp_path):
         )  # fmt: skip
     for job in jobs[1:]:
         words = job.commands()[0]
+        if job.variant.precision != "fp32":
+            precision, words = half.parse(words[2:])
+            assert precision == job.variant.precision
+            words = ["", *words]
         args = parse("", words[1:])
         assert (args.model, args.method, args.seed) == ("tiny", job.variant.method, job.seed)
         exported = {*range(0, args.steps, args.export_every), args.steps} - {0}
@@ -60,11 +62,114 @@ def test_methods_are_compared_at_equal_compute(tmp_path):
     assert all(0.98 < calls / work["InPO"] < 1.02 for calls in work.values())
 
 
-def test_each_method_is_tuned_with_as_many_runs_at_least_as_inpo_on_an_unused_seed():
-    tuned, others = studies.tune_study(), (studies.table_study(), studies.ablation_study())
-    methods = [variant.method for variant in tuned.variants]
-    assert {m: methods.count(m) for m in studies.NAMES} == dict(inpo=6, dpo=10, kto=6, sft=6)
-    assert not set(tuned.seeds) & {seed for other in others for seed in other.seeds}
+def test_entries_take_equal_compute_and_are_tuned_with_as_many_runs_on_an_unused_seed(entries):
+    tuned, board = studies.tune_study(), studies.leaderboard_study()
+    groups = [variant.group for variant in tuned.variants]
+    assert {group: groups.count(group) for group in groups} == dict.fromkeys(studies.ENTRIES, 6)
+    assert not set(tuned.seeds) & set(board.seeds)
+    work = {v.name: v.steps * v.calls_per_step for v in tuned.variants}
+    work |= {v.name: v.equal * v.calls_per_step for v in board.variants}
+    assert all(0.985 < calls / (60 * 16 * 2 * 9.5) < 1.015 for calls in work.values()), work
+    for variant in board.variants:
+        assert 60 in variant.judged and variant.equal in variant.judged
+        assert variant.steps == max(60, variant.equal)
+
+
+def test_calls_of_a_step_follow_from_the_latents_and_the_objective():
+    """By hand: 16 pairs; a reference is a call an image, training three."""
+    per_image = {
+        "InPO": 2 * (5.5 + 4), "DPO": 2 * 4, "KTO": 2 * 4, "SFT": 3, "MaPO": 2 * 3,
+        "SmPO": 2 * (11 + 4), "SFT, inverted": 5.5 + 3, "InPO, log sigma": 2 * (4 + 4),
+    }  # fmt: skip
+    for name, calls in per_image.items():
+        assert studies.calls_per_step(studies.ENTRIES[name][0]) == 16 * calls, name
+
+
+def test_the_leaderboard_trains_with_the_flags_that_were_chosen(entries):
+    for variant in studies.leaderboard_study().variants:
+        best = tuning.chosen(entries, variant.name)
+        assert variant.flags == best["flags"]
+        tried = [s for s in entries if s["group"] == variant.name]
+        faithful = [s for s in tried if s["faithfulness"][0] >= 0.97]
+        assert len(faithful) == 5  # the one that is preferred most has lost its captions
+        assert best["preference"][0] == max(s["preference"][0] for s in faithful)
+
+
+def test_jobs_of_another_task_train_on_its_pairs_and_are_judged_by_it(entries, tmp_path):
+    jobs = study.jobs_of(study.STUDIES["red"](), tmp_path)
+    clean = study.jobs_of(study.STUDIES["leaderboard"](), tmp_path)
+    assert not {job.folder for job in jobs} & {job.folder for job in clean}
+    for job in jobs:
+        *train, judge = job.commands()
+        assert measure.parse(judge[2:]).task == "red"
+        assert all(Path(parse("", words[1:]).data).name.endswith("-red.parquet") for words in train)
+
+
+def test_only_some_groups_of_a_study_are_trained_and_an_unknown_one_is_named(tmp_path):
+    every = study.STUDIES["tune"]()
+    jobs = study.jobs_of(every, tmp_path, ["MaPO", "KTO"])
+    assert [job.variant.group for job in jobs[1:]] == ["KTO"] * 6 + ["MaPO"] * 6
+    told = refusal(study.jobs_of, every, tmp_path, ["KT0"])
+    assert told.startswith("--only KT0: there are the groups DMPO, ")
+
+
+# -------------------------------------------------------------------------------------------------
+# The settings that were tried.
+
+
+@pytest.fixture
+def entries(monkeypatch):
+    """Settings of a tuning that has not taken place; the last of each group has lost captions."""
+    found = [setting("base", "", 0.4)]
+    found[0]["faithfulness"][0] = 0.99
+    for variant in studies.tune_study().variants:
+        k = len(found)
+        found.append(setting(variant.group, variant.flags, 0.4 + k % 6 / 100 + k % 5 / 1000))
+        if found[-1]["preference"][0] >= 0.45:
+            found[-1]["faithfulness"][0] = 0.9
+    monkeypatch.setattr(tuning, "read", lambda *_: found)
+    monkeypatch.setattr(toy, "write_pairs", lambda path, *_, **__: path)  # 2,048 take a while
+    return found
+
+
+def setting(group: str, flags: str, preference: float) -> dict:
+    share, mean = [1.0, 0.8, 1.0], [preference, preference - 0.02, preference + 0.02]
+    found = {"group": group, "flags": flags, "steps": 60, "seed": 100, "wins": list(share)}
+    return found | {"preference": mean, "faithfulness": list(share), "drift": 0.001}
+
+
+def test_settings_are_kept_by_group(tmp_path):
+    file = tmp_path / "settings.json"
+    first = [setting("base", "", 0.4), setting("A", "--lr 1", 0.5), setting("B", "--lr 1", 0.5)]
+    assert tuning.merge(file, first) == tuning.read(file) == first
+    second = [setting("base", "", 0.4), setting("B", "--lr 2", 0.6), setting("B", "--lr 3", 0.5)]
+    assert tuning.merge(file, second) == tuning.read(file) == [first[1], *second]
+    text = tuning.tables_of(tuning.read(file))
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## A", "## B"]
+    marked = [line for line in text.splitlines() if line.startswith("| chosen")]
+    assert [line.split(" | ")[1] for line in marked] == ["--lr 1", "--lr 2"]
+    lines = [panel["lines"] for panel in tuning.panels(tuning.read(file))]
+    assert lines == [{"no beta": [((1,), (0.5,))]}, {"no beta": [((2, 3), (0.6, 0.5))]}]
+
+
+def test_what_cannot_be_chosen_from_is_named(tmp_path):
+    start, lost = setting("base", "", 0.4), setting("A", "--lr 1", 0.5)
+    lost["faithfulness"][0] = 0.969
+    assert "every setting has lost" in refusal(tuning.chosen, [start, lost], "A")
+    assert "tune --only 'B'" in refusal(tuning.chosen, [start, lost], "B")
+    assert "tune --only 'A'" in refusal(tuning.chosen, [lost], "A")
+    for content in ('{"group": 1}', '{"settings": [{"group": 1}]}', '{"settings": [3]}'):
+        (tmp_path / "settings.json").write_text(content)
+        told = refusal(tuning.read, tmp_path / "settings.json")
+        assert "settings.json holds no list of settings; delete it" in told
+
+
+def test_the_committed_settings_choose_the_recipes_of_the_tiny_model():
+    settings = tuning.read()
+    for name in {setting["group"] for setting in settings} & set(studies.PRESETS):
+        asked = parse("", ["--model", "tiny", *tuning.chosen(settings, name)["flags"].split()])
+        recipe = recipe_of("tiny", asked.method)
+        assert {key: vars(asked)[key] for key in recipe} == recipe, name
 
 
 def test_ablation_changes_one_thing_at_a_time():
@@ -234,21 +339,62 @@ def test_a_run_whose_cost_is_not_known_is_named(cost, jobs):
     jobs[1].folder.mkdir(parents=True)
     if cost is not None:
         (jobs[1].folder / "cost.json").write_text(cost)
-    told = refusal(study.write_table, results({"a": 0.1, "b": 0.1}), jobs[:2], jobs[1].folder)
+    told = refusal(pages.write_table, results({"a": 0.1, "b": 0.1}), jobs[:2], jobs[1].folder)
     assert "cost.json" in told and "delete that folder; the same command trains again." in told
 
 
 def test_the_command_line_writes_what_it_prints(jobs, monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(study.STUDIES, "tune", lambda: study.Study([], [0], 1))
+    monkeypatch.setitem(study.STUDIES, "rates", lambda: study.Study([], [0], 1))
     monkeypatch.setattr(study, "jobs_of", lambda *_: jobs)
-    monkeypatch.setitem(study.WRITERS, "tune", lambda results, jobs, out: "a page\n")
-    study.main(["tune", "--out", str(tmp_path), "--jobs", "2"])
-    assert (tmp_path / "tune.md").read_text() == "a page\n"
+    text = "## One\n\na page\n\n## Two\n\nand more\n"
+    monkeypatch.setitem(pages.WRITERS, "rates", lambda results, jobs, out: text)
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("# Title\n\nProse.\n\n## Two\n\nold\n")
+    study.main(["rates", "--out", str(tmp_path), "--jobs", "2", "--report", str(page)])
+    assert (tmp_path / "rates.md").read_text() == text
+    assert page.read_text() == "# Title\n\nProse.\n\n## Two\n\nand more\n\n## One\n\na page\n"
+    assert (page.parent / "rates.json").read_text() == (tmp_path / "rates.json").read_text()
     assert "a page" in capsys.readouterr().out
-    wins = json.loads((tmp_path / "tune.json").read_text())
+    wins = json.loads((tmp_path / "rates.json").read_text())
     pairs = [(w["model"], w["against"]) for w in wins]
     assert pairs == [("a", "base"), ("b", "base"), ("b", "a")]
-    assert len(json.loads((tmp_path / "judgements.json").read_text())) == 4
+    assert len(json.loads((tmp_path / "rates_judgements.json").read_text())) == 4
+
+
+def test_a_report_that_is_not_there_is_refused_before_anything_runs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(study, "run_all", lambda *_: pytest.fail("it has started"))
+    with pytest.raises(SystemExit) as stop:
+        study.main(["tune", "--out", str(tmp_path), "--report", str(tmp_path / "none.md")])
+    assert stop.value.code == 2 and "must be a Markdown file that exists" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_real_leaderboard_and_tuning_from_training_to_their_pages(monkeypatch, tmp_path):
+    """In half precision, too, and on another task."""
+    size, page = "--batch 2 --micro-batch 2 --lr 1e-5", tmp_path / "page.md"
+    page.write_text("# Title\n")
+    inpo = study.Variant("InPO", f"--inversion-steps 2 {size}", (2, 60), "Methods", 2)
+    smpo = replace(inpo, name="SmPO", flags=f"--method smpo --inversion-steps 2 {size}")
+    mapo = replace(inpo, name="MaPO", flags=f"--method mapo {size}", group="Crosses")
+    halves = [replace(inpo, name=p, precision=p, judged=(2,)) for p in ("bf16", "fp16")]
+    for name, variants, more in (
+        ("tune", [replace(inpo, judged=(2,), group="InPO")], {}),
+        ("red", [inpo, smpo, mapo], {"task": "red"}),
+        ("precision", [replace(inpo, judged=(2,)), *halves], {}),
+    ):
+        made = study.Study(variants, [0], images=1, **more)
+        monkeypatch.setitem(study.STUDIES, name, lambda made=made: made)
+        study.main([name, "--out", str(tmp_path / "out"), "--report", str(page)])
+    text = page.read_text()
+    assert "| SmPO | --method smpo" in text and text.count("| fp16 |") == 2
+    assert {"red.png", "red_curves.png", "red_samples.png", "page.png"} <= {
+        file.name for file in tmp_path.glob("*.png")
+    }
+    found = json.loads((tmp_path / "out/precision_judgements.json").read_text())
+    drift = {j["variant"]: j["drift"] for j in found}
+    assert len(set(drift.values())) == 4  # the precisions differ
+    assert all(0.5 < drift[p] / drift["InPO"] < 2 for p in ("bf16", "fp16"))
 
 
 @pytest.mark.slow
@@ -260,7 +406,7 @@ def test_a_real_study_from_training_to_its_page(monkeypatch, tmp_path):
     ]
     monkeypatch.setitem(study.STUDIES, "table", lambda: study.Study(variants, [0], images=1))
     study.main(["table", "--out", str(tmp_path), "--jobs", "2"])
-    found = json.loads((tmp_path / "judgements.json").read_text())
+    found = json.loads((tmp_path / "table_judgements.json").read_text())
     assert [(j["variant"], j["step"]) for j in found] == [
         ("base", 0), ("short InPO", 2), ("short InPO", 3), ("short SFT", 3), ("short SFT", 4)
     ]  # fmt: skip
@@ -391,6 +537,34 @@ def test_matched_drift_makes_equal_what_differs_in_speed_alone():
     assert all(cell.startswith("88.9 (88.9 to 88.9)") for cell in row[2::2])
 
 
+def test_scores_at_equal_drift_are_those_of_each_image_on_the_way():
+    r = results({"slow": 0.01, "fast": 0.02})
+    base = r.get("base", -1, "preference")
+    for variant in ("slow", "fast"):
+        assert r.at_drift(variant, "preference", 0.03**2) == pytest.approx(base + 0.03)
+    assert np.isnan(r.at_drift("fast", "preference", 0.01**2)).all()
+    ranks = report.rank_table(r60({"slow": 0.01, "fast": 0.02}), 0.04**2).splitlines()
+    names = [line.split(" | ")[0] for line in ranks[2:]]
+    assert names == ["| fast", "| slow"]  # at equal compute, step 4
+    cells = [line.strip("| ").split(" | ") for line in ranks[2:]]
+    means = [[float(cell.split(" ")[0]) for cell in row[1:4]] for row in cells]
+    start = base.mean()
+    assert means[0] == pytest.approx([start + 0.02 * 60, start + 0.08, start + 0.04], abs=6e-4)
+    assert means[1] == pytest.approx([start + 0.01 * 60, start + 0.04, start + 0.04], abs=6e-4)
+    assert "[" in cells[0][3] and cells[0][4] == "+0.040" and len(cells[1]) == 4
+    panels = report.rank_panels(r60({"slow": 0.01, "fast": 0.02}), 0.04**2)
+    assert [list(panel["rows"]) for panel in panels] == [["fast", "slow"]] * 4
+    assert panels[1]["rows"]["slow"][0] == pytest.approx(start + 0.04)
+    assert panels[1]["line"] == pytest.approx(start)
+
+
+def r60(gains: dict[str, float]) -> report.Results:
+    """Judged at steps 1, 4 and 60, of which 4 has equal compute."""
+    r = results(gains, steps=(1, 4, 60))
+    r.equal = dict.fromkeys(gains, 4)
+    return r
+
+
 def test_tables_hold_what_was_judged():
     r = results({"a": 0.01, "b": 0.02})
     wins = report.wins_table(r, {"early": 1, "late": -1}).splitlines()
@@ -457,19 +631,21 @@ def test_a_share_is_drawn_on_an_axis_that_ends_at_all_of_them(monkeypatch, tmp_p
     assert ["span" in panel for panel in panels] == [False, True]
 
 
-def test_every_study_writes_its_pages_and_pictures(monkeypatch, tmp_path):
+def test_every_study_writes_its_pages_and_pictures(entries, monkeypatch, tmp_path):
     drawn = {}  # instead of drawing, which takes seconds and is tested above
-    monkeypatch.setattr(
-        figures, "trajectories", lambda panels, path, *_, **__: drawn.update({path: panels})
-    )
+    for kind, rows in (("trajectories", "lines"), ("dots", "rows")):
+        monkeypatch.setattr(
+            figures, kind, lambda panels, path, *_, r=rows, **__: drawn.update({path: (panels, r)})
+        )
     for name, make in study.STUDIES.items():
         small = make()
         jobs = study.jobs_of(small, tmp_path / name)
         gains = {variant.name: 0.001 * (i + 1) for i, variant in enumerate(small.variants)}
-        last = {variant.name: variant.steps for variant in small.variants}
-        r = results(gains, 1, tuple(small.seeds), (60, *{s for s in last.values() if s > 60}))
-        for job in jobs if name in ("table", "inversion") else []:
-            step = job.variant.steps if job.variant else 0
+        steps = {s for v in small.variants for s in (v.equal, v.steps) if s}
+        r = results(gains, 1, tuple(small.seeds), (*sorted(steps | {60}),))
+        r.equal = {v.name: v.equal for v in small.variants if v.equal}
+        for job in jobs if name in ("table", "inversion", "leaderboard", "noisy", "red") else []:
+            step = (job.variant.equal or job.variant.steps) if job.variant else 0
             step = min(step, 60) if name == "inversion" else step
             for k in range(18):
                 path = job.folder / "images" / f"step_{step:06d}" / f"{k:05d}.png"
@@ -478,11 +654,13 @@ def test_every_study_writes_its_pages_and_pictures(monkeypatch, tmp_path):
             spent = {"steps": step, "unet_calls": 1, "flops": 1, "seconds": 1, "device": "CPU"}
             spent |= {"device_hours": 1, "peak_memory": 1, "method": "x", "pairs": 1, "devices": 1}
             (job.folder / "cost.json").write_text(json.dumps(spent))
-        text = study.WRITERS[name](r, jobs, tmp_path / name)
-        panels = drawn.get(tmp_path / name / f"{name}.png", [])
+        (tmp_path / name).mkdir(exist_ok=True)
+        text = pages.WRITERS[name](r, jobs, tmp_path / name)
+        panels, rows = drawn.get(tmp_path / name / f"{name}.png", ([], ""))
         for variant in small.variants:
-            assert variant.name in text
-            shown = any(variant.name in p["lines"] for p in panels)
-            hidden = {"confirm": True, "verdict": True, "inversion": "eta" in variant.name}
+            assert (variant.flags if name == "tune" else variant.name) in text
+            shown = any(variant.name in p[rows] for p in panels)
+            hidden = {"confirm": True, "verdict": True, "precision": True, "tune": True}
+            hidden["inversion"] = "eta" in variant.name
             assert shown != hidden.get(name, False)
     assert Image.open(tmp_path / "table" / "samples.png").width > 64

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 import model
+import pairs
 import toy
 from lab import pretrain, samples
 from system import hub
@@ -287,6 +288,7 @@ def test_pairs_have_the_columns_of_pick_a_pic(table):
         "jpg_1": pa.binary(),
         "label_0": pa.float64(),
         "caption": pa.string(),
+        "strength": pa.float64(),
     }
     assert {field.name: field.type for field in table.schema} == expected
     assert table.num_rows == 120 and not any(column.null_count for column in table.columns)
@@ -303,6 +305,55 @@ def test_labels_agree_with_the_preference_of_the_stored_bytes(table):
         for image in images:  # both show the caption
             assert toy.faithfulness(image, row["caption"]) == 1
     assert counts[0.5] >= 1 and 36 < counts[0.0] < 84  # neither place is favoured
+
+
+def gaps(rows, **task) -> np.ndarray:
+    """Preference of the first image less that of the second, of the stored bytes."""
+    pairs = [[Image.open(io.BytesIO(row[key])) for key in ("jpg_0", "jpg_1")] for row in rows]
+    return np.array([a - b for a, b in ([toy.preference(i, **task) for i in p] for p in pairs)])
+
+
+def test_strength_is_the_probability_of_the_labelled_winner_as_pairs_score_has_it(table, tmp_path):
+    rows = table.to_pylist()
+    strength = np.array([row["strength"] for row in rows])
+    assert strength == pytest.approx(1 / (1 + np.exp(-20 * abs(gaps(rows)))), rel=1e-9)
+    assert strength.min() >= 0.5
+    whole, scored = tmp_path / "whole.parquet", tmp_path / "scored.parquet"
+    pq.write_table(table.drop_columns("strength").slice(0, 8), whole)
+    pairs.main(["score", str(whole), "--judge", "preference", "--out", str(scored)])
+    untied = strength[:8][[row["label_0"] != 0.5 for row in rows[:8]]]
+    assert pq.read_table(scored)["strength"].to_pylist() == pytest.approx(untied, rel=1e-5)
+
+
+def test_noisy_pairs_are_the_clean_ones_with_a_quarter_of_the_labels_turned(tmp_path):
+    clean = pq.read_table(toy.write_pairs(tmp_path / "clean", 200))
+    noisy = pq.read_table(toy.write_pairs(tmp_path / "noisy", 200, task="noisy"))
+    for same in ("jpg_0", "jpg_1", "caption"):
+        assert clean[same].equals(noisy[same])
+    right, told = (np.array(t["label_0"]) for t in (clean, noisy))
+    assert ((told == right) | (told == 1 - right)).all() and (told[right == 0.5] == 0.5).all()
+    turned = told != right
+    assert 0.15 < turned.mean() < 0.35  # 3.3 standard deviations of a quarter
+    sure, unsure = (np.array(t["strength"]) for t in (clean, noisy))
+    assert unsure == pytest.approx(np.where(turned, 1 - sure, sure), abs=1e-12)
+
+
+def test_the_judge_of_red_prefers_red_and_some_pictures_are_red_against_their_caption(tmp_path):
+    rows = pq.read_table(toy.write_pairs(tmp_path / "red", 120, task="red")).to_pylist()
+    shown = [
+        [toy.recognize(Image.open(io.BytesIO(row[key])))[0] for key in ("jpg_0", "jpg_1")]
+        for row in rows
+    ]
+    asked = [toy.parse_caption(row["caption"])[0] for row in rows]
+    wrong = [s != a for pair, a in zip(shown, asked, strict=True) for s in pair]
+    share = 0.25 * 5 / 6  # a caption that asks for red is right
+    assert abs(np.mean(wrong) - share) < 0.09  # 3.4 standard deviations
+    assert all(s in ("red", a) for pair, a in zip(shown, asked, strict=True) for s in pair)
+    bonus = np.array([0.3 * ((p[0] == "red") - (p[1] == "red")) for p in shown])
+    gap = gaps(rows) + bonus
+    assert gaps(rows, task="red") == pytest.approx(gap, abs=1e-12)
+    labels = np.where(abs(gap) < 0.02, 0.5, gap > 0)
+    assert [row["label_0"] for row in rows] == labels.tolist()
 
 
 def test_a_wider_tie_gives_only_ties_and_no_tie_gives_none(tmp_path):
@@ -347,8 +398,9 @@ def test_pairs_are_written_once(tmp_path, monkeypatch):
 
 def test_another_number_or_seed_is_another_file(tmp_path):
     paths = {toy.write_pairs_once(tmp_path, n, seed) for n, seed in ((2, 0), (3, 0), (2, 1))}
-    assert len(paths) == 3
-    assert sorted(pq.read_table(path).num_rows for path in paths) == [2, 2, 3]
+    paths |= {toy.write_pairs_once(tmp_path, 2, task=task) for task in ("clean", "noisy", "red")}
+    assert len(paths) == 5
+    assert sorted(pq.read_table(path).num_rows for path in paths) == [2, 2, 2, 2, 3]
 
 
 def test_a_rank_that_finishes_in_between_does_no_harm(tmp_path, monkeypatch):
@@ -383,6 +435,8 @@ def test_the_command_line_writes_the_pairs(tmp_path, capsys):
     assert capsys.readouterr().out == f"Wrote {tmp_path / 'pairs.parquet'}.\n"
     expected = pq.read_table(toy.write_pairs(tmp_path / "expected", 3, seed=7))
     assert pq.read_table(tmp_path / "pairs.parquet").equals(expected)
+    toy.main(["pairs", "--out", str(tmp_path), "--n", "3", "--seed", "7", "--task", "red"])
+    assert not pq.read_table(tmp_path / "pairs.parquet").equals(expected)
 
 
 # -------------------------------------------------------------------------------------------------
