@@ -4,7 +4,7 @@
     python -m lab.study leaderboard # methods and crosses, three seeds each   (make leaderboard)
     python -m lab.study noisy       # five methods where every fourth label is wrong       (also)
     python -m lab.study red         # where the judge likes red, whatever the captions    (also)
-    python -m lab.study precision   # InPO in fp32, bf16 and fp16                         (also)
+    python -m lab.study precision   # InPO in half precision, where there are kernels     (also)
     python -m lab.study table       # SFT, DPO, KTO and InPO, three seeds each      (make table)
     python -m lab.study ablation    # what the parts of InPO do                  (make ablation)
     python -m lab.study inversion   # paths of inversion, five seeds
