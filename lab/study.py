@@ -64,7 +64,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 import toy
-from lab import measure, pages, report
+from lab import measure, report, writers
 from lab.studies import STUDIES, Study, Variant
 from system.lock import alone
 from training.folder import read_metrics
@@ -241,7 +241,7 @@ def run(args: argparse.Namespace):
     equal = {variant.name: variant.equal for variant in study.variants if variant.equal}
     prompts = toy.prompts("heldout", study.fold) * study.images
     results = report.Results(judgements, prompts, equal)
-    text, wins = pages.WRITERS[args.study](results, jobs, args.out), report.all_wins(results)
+    text, wins = writers.WRITERS[args.study](results, jobs, args.out), report.all_wins(results)
     write(args.out / f"{args.study}_judgements.json", json.dumps(judgements))
     write(args.out / f"{args.study}.md", text)
     write(args.out / f"{args.study}.json", json.dumps(wins, indent=1) + "\n")
@@ -250,7 +250,7 @@ def run(args: argparse.Namespace):
     if committed.exists():
         print(report.compare(wins, json.loads(committed.read_text()), f"docs/{committed.name}"))
     if args.report:
-        pages.publish(args.study, text, args.out, args.report)
+        writers.publish(args.study, text, args.out, args.report)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from PIL import Image
 
 import toy
 from evaluation import figures
-from lab import half, measure, pages, report, studies, study, tuning
+from lab import half, measure, report, studies, study, tuning, writers
 from system.files import UserError
 from system.lock import alone
 from training.flags import parse
@@ -341,7 +341,7 @@ def test_a_run_whose_cost_is_not_known_is_named(cost, jobs):
     jobs[1].folder.mkdir(parents=True)
     if cost is not None:
         (jobs[1].folder / "cost.json").write_text(cost)
-    told = refusal(pages.write_table, results({"a": 0.1, "b": 0.1}), jobs[:2], jobs[1].folder)
+    told = refusal(writers.write_table, results({"a": 0.1, "b": 0.1}), jobs[:2], jobs[1].folder)
     assert "cost.json" in told and "delete that folder; the same command trains again." in told
 
 
@@ -349,7 +349,7 @@ def test_the_command_line_writes_what_it_prints(jobs, monkeypatch, capsys, tmp_p
     monkeypatch.setitem(study.STUDIES, "rates", lambda: study.Study([], [0], 1))
     monkeypatch.setattr(study, "jobs_of", lambda *_: jobs)
     text = "## One\n\na page\n\n## Two\n\nand more\n"
-    monkeypatch.setitem(pages.WRITERS, "rates", lambda results, jobs, out: text)
+    monkeypatch.setitem(writers.WRITERS, "rates", lambda results, jobs, out: text)
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
     page.write_text("# Title\n\nProse.\n\n## Two\n\nold\n")
@@ -657,7 +657,7 @@ def test_every_study_writes_its_pages_and_pictures(entries, monkeypatch, tmp_pat
             spent |= {"device_hours": 1, "peak_memory": 1, "method": "x", "pairs": 1, "devices": 1}
             (job.folder / "cost.json").write_text(json.dumps(spent))
         (tmp_path / name).mkdir(exist_ok=True)
-        text = pages.WRITERS[name](r, jobs, tmp_path / name)
+        text = writers.WRITERS[name](r, jobs, tmp_path / name)
         panels, rows = drawn.get(tmp_path / name / f"{name}.png", ([], ""))
         for variant in small.variants:
             assert (variant.flags if name == "tune" else variant.name) in text

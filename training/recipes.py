@@ -70,11 +70,12 @@ BASELINES = {  # what differs from InPO's
         "lr": (2.048e-5, 2.048e-5, 5e-6),
         "warmup": (200, 500, 10),
     },
-    # Those below: docs/objectives.md has the source of each number. Their tiny ones are not tuned.
+    # Those below: docs/objectives.md has the source of each number, docs/tune.md of the tiny ones.
     # JaydenLyh/SmPO at 61105a1, examples/sdxl.sh and sd15.sh.
     "smpo": {
         "latents": ("renoise",) * 3,
         "objective": ("smpo",) * 3,
+        "beta": (5000.0, 2000.0, 100.0),
         "inversion_spacing": (None,) * 3,
         "inversion_steps": (10, 5, 10),
         "eta": (0.0, 0.0, 0.0),
@@ -100,7 +101,7 @@ BASELINES = {  # what differs from InPO's
         "steps": (2000, 2000, 60),
         "batch": (16, 16, 16),
         "micro_batch": (2, 2, 16),
-        "lr": (1e-5, 1e-5, 2e-6),
+        "lr": (1e-5, 1e-5, 5e-6),
         "warmup": (0, 0, 10),
     },
     # huaishengzhu/DSPO at 8b4e09b, launchers/sdxl.sh and sd15.sh; beta is SD1.5's, since the SDXL
