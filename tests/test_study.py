@@ -128,8 +128,8 @@ def entries(monkeypatch):
         if found[-1]["preference"][0] >= 0.45:
             found[-1]["faithfulness"][0] = 0.9
     monkeypatch.setattr(tuning, "read", lambda *_: found)
-    for half in ("bf16", "fp16"):  # as if this processor had kernels for both
-        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported", lambda: True)
+    for dtype in ("bf16", "fp16"):  # as if this processor had kernels for both
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported", lambda: True)
     monkeypatch.setattr(toy, "write_pairs", lambda path, *_, **__: path)  # 2,048 take a while
     return found
 
