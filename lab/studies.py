@@ -85,7 +85,7 @@ ENTRIES = {
     "SmPO": ("--method smpo", HIGHER, ("100", "1000")),
     "DMPO": ("--method dmpo", LOWER, BETAS),
     "MaPO": ("--method mapo", ("2e-6", "5e-6", "1e-5"), ("0.02", "0.1")),
-    "DSPO": ("--method dspo", ("2e-6", "5e-6", "1e-5"), ("0.001", "0.5")),
+    "DSPO": ("--method dspo", RATES, ("0.001", "0.5")),
     "InPO, released latents": ("--method inpo --latents released", RATES, BETAS),
     "InPO, log sigma": ("--method inpo --inversion-spacing log-sigma", RATES, BETAS),
     "InPO, renoise": ("--method inpo --latents renoise", HIGHER, BETAS),
