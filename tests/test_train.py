@@ -324,6 +324,8 @@ def test_a_run_leaves_metrics_pictures_checkpoints_curves_and_a_card(argv, tmp_p
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     assert events.Scalars("train/loss")[2].value == pytest.approx(metrics(out)[2]["loss"])
     assert (out / "curves.png").stat().st_size > 1000
+    page = (out / "samples.html").read_text()
+    assert "samples/model_000004_01.png" in page and '"curves":"curves.png"' in page
     card = (out / "README.md").read_text()
     assert all(words in card for words in ("| beta | 500.0 |", "24 pairs", "2503.18454"))
 
