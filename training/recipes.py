@@ -101,17 +101,17 @@ BASELINES = {  # what differs from InPO's
         "steps": (2000, 2000, 60),
         "batch": (16, 16, 16),
         "micro_batch": (2, 2, 16),
-        "lr": (1e-5, 1e-5, 5e-6),
+        "lr": (1e-5, 1e-5, 1e-5),
         "warmup": (0, 0, 10),
     },
     # huaishengzhu/DSPO at 8b4e09b, launchers/sdxl.sh and sd15.sh; beta is SD1.5's, since the SDXL
     # branch has another objective.
     "dspo": NOISE | {
         "objective": ("dspo",) * 3,
-        "beta": (0.001, 0.001, 0.001),
+        "beta": (0.001, 0.001, 0.5),
         "steps": (2000, 2000, 60),
         "batch": (2048, 2048, 16),
-        "lr": (2.048e-5, 2.048e-5, 5e-6),
+        "lr": (2.048e-5, 2.048e-5, 2e-5),
         "warmup": (200, 500, 10),
     },
 }  # fmt: skip
@@ -150,8 +150,8 @@ LORA = {
     "sft": {"lr": (1e-4, 1e-4, 5e-5)},
     "smpo": {},
     "dmpo": {"steps": (2000, 2000, 60), "lr": (1e-5, 1e-5, 2e-5)},
-    "mapo": {"steps": (2000, 2000, 60), "lr": (1e-5, 1e-5, 2e-5)},
-    "dspo": {"lr": (1e-4, 1e-4, 5e-5)},
+    "mapo": {"steps": (2000, 2000, 60), "lr": (1e-5, 1e-5, 1e-4)},
+    "dspo": {"lr": (1e-4, 1e-4, 2e-4)},
 }
 # Of each --inversion-spacing, where --inversion-steps is not given; see docs/inversion.md.
 INVERSION_STEPS = {"uniform": 10, "log-sigma": 4}
