@@ -6,6 +6,7 @@
 For the numbers, not for speed. DeepSpeed refuses fp16 on processors without fast kernels for it;
 torch computes it on all of them, slowly, so here it is allowed."""
 
+import argparse
 import sys
 from types import SimpleNamespace
 
@@ -17,11 +18,11 @@ CONFIGS = {"bf16": ROOT / "ds_config.json", "fp16": ROOT / "configs" / "fp16.jso
 
 def parse(argv: list[str] | None = None) -> tuple[str, list[str]]:
     parser = Parser("lab.half", __doc__)
-    parser.add_argument(
-        "precision", choices=CONFIGS, help="of the UNets; flags of train_inpo.py follow"
-    )
-    args, flags = parser.parse_known_args(argv)
-    return args.precision, flags
+    more = {"nargs": argparse.REMAINDER, "metavar": "FLAG ...", "help": "of train_inpo.py"}
+    parser.add_argument("precision", choices=CONFIGS, help="of the UNets")
+    parser.add_argument("flags", **more)
+    args = parser.parse_args(argv)
+    return args.precision, args.flags
 
 
 if __name__ == "__main__":
