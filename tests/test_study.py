@@ -395,8 +395,8 @@ def test_a_real_leaderboard_and_tuning_from_training_to_their_pages(monkeypatch,
     }
     found = json.loads((tmp_path / "out/precision_judgements.json").read_text())
     drift = {j["variant"]: j["drift"] for j in found}
-    assert len(set(drift.values())) == 4  # the precisions differ
-    assert all(0.5 < drift[p] / drift["InPO"] < 2 for p in ("bf16", "fp16"))
+    assert drift["fp16"] == 0  # its two steps are skipped: they look for the scale of the loss
+    assert 0.5 < drift["bf16"] / drift["InPO"] < 2 and drift["bf16"] != drift["InPO"]
 
 
 @pytest.mark.slow
