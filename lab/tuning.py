@@ -52,15 +52,8 @@ def chosen(settings: list[dict], group: str) -> dict:
 def tables_of(settings: list[dict]) -> str:
     """A table for each group, its chosen setting marked."""
     text, groups = "", dict.fromkeys(s["group"] for s in settings if s["group"] != BASE)
-    heads = [
-        "",
-        "flags",
-        "steps",
-        "wins over base, %",
-        "mean preference",
-        "faithfulness, %",
-        "drift",
-    ]
+    heads = ["", "flags", "steps", "wins over base, %", "mean preference", "faithfulness, %"]
+    heads.append("drift")
     for group in groups:
         rows, taken = [], chosen(settings, group)
         for s in [s for s in settings if s["group"] in (BASE, group)]:
@@ -74,7 +67,7 @@ def tables_of(settings: list[dict]) -> str:
 
 def panels(settings: list[dict]) -> list[dict]:
     """A panel of figures.trajectories for each group: preference by learning rate, a line for each
-    beta, dashed where faithfulness is lost."""
+    beta."""
     found = []
     for group in dict.fromkeys(s["group"] for s in settings if s["group"] != BASE):
         lines: dict[str, list] = {}

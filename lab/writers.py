@@ -1,5 +1,6 @@
 """What a study writes: NAME.md (tables), NAME.json (win rates), its judgements, and pictures."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -226,6 +227,6 @@ def publish(study: str, text: str, out: Path, page: Path):
     else:
         for file in [*out.glob(f"{study}*.png"), out / f"{study}.json"]:
             shutil.copyfile(file, page.with_name(file.name))
-    for section in text.split("## ")[1:]:
+    for section in re.split("^## ", text, flags=re.MULTILINE)[1:]:  # "###" stays inside
         heading, _, body = section.partition("\n")
         write_section(page, heading, body)

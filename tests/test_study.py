@@ -348,14 +348,17 @@ def test_a_run_whose_cost_is_not_known_is_named(cost, jobs):
 def test_the_command_line_writes_what_it_prints(jobs, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(study.STUDIES, "rates", lambda: study.Study([], [0], 1))
     monkeypatch.setattr(study, "jobs_of", lambda *_: jobs)
-    text = "## One\n\na page\n\n## Two\n\nand more\n"
+    text = "## One\n\na page\n\n## Two\n\n### A part\n\nand more\n"
     monkeypatch.setitem(writers.WRITERS, "rates", lambda results, jobs, out: text)
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
     page.write_text("# Title\n\nProse.\n\n## Two\n\nold\n")
     study.main(["rates", "--out", str(tmp_path), "--jobs", "2", "--report", str(page)])
     assert (tmp_path / "rates.md").read_text() == text
-    assert page.read_text() == "# Title\n\nProse.\n\n## Two\n\nand more\n\n## One\n\na page\n"
+    assert (
+        page.read_text()
+        == "# Title\n\nProse.\n\n## Two\n\n### A part\n\nand more\n\n## One\n\na page\n"
+    )
     assert (page.parent / "rates.json").read_text() == (tmp_path / "rates.json").read_text()
     assert "a page" in capsys.readouterr().out
     wins = json.loads((tmp_path / "rates.json").read_text())
