@@ -55,8 +55,7 @@ class Results:
     def gain(self, variant: str, against: str, step: int = -1) -> dict:
         """winrate.average of the difference in preference, image by image; `seeds` as in `wins`."""
         a, b = (self.get(name, step, "preference") for name in (variant, against))
-        stats = winrate.average((a - b).ravel(), self.prompts * len(self.seeds))
-        return stats | {"seeds": (a - b).mean(1).tolist()}
+        return stats_of(self, a - b)
 
     def mean(self, variant: str, key: str, step: int = -1) -> dict:
         """winrate.average of a score over images and training seeds; `seeds` as in `wins`."""
@@ -241,14 +240,22 @@ def ranked(results: Results) -> list[str]:
 
 def rank_table(results: Results, level: float) -> str:
     """The variants in order of their preference, and how much they gain over the first listed."""
+
+    def told(stats, form):
+        return "" if np.isnan(stats["mean"]) else cell(stats, "mean", 1, form)
+
+    def far(name):  # as far from the base as all have gone
+        return results.at_drift(name, "preference", level)
+
     first, rows = results.variants[0], []
     for name in ranked(results):
         stats = compared(results, name, level)
-        cells = ["" if np.isnan(s["mean"]) else cell(s, "mean", 1, ".3f") for s in stats.values()]
-        gain = "" if name == first else cell(results.gain(name, first), "mean", 1, "+.3f")
-        rows.append([name, *cells, gain])
+        gains = results.gain(name, first), stats_of(results, far(name) - far(first))
+        row = [name, *(told(s, ".3f") for s in stats.values())]
+        rows.append(row + [told(g, "+.3f") if name != first else "" for g in gains])
     heads = [f"preference {heading}" for heading in stats]
-    return tables.markdown(["model", *heads, f"gain over {first}, at equal compute"], rows)
+    heads += [f"gain over {first}, {heading}" for heading in list(stats)[1:]]
+    return tables.markdown(["model", *heads], rows)
 
 
 def rank_panels(results: Results, level: float) -> list[dict]:

@@ -58,19 +58,6 @@ def equal_steps(flags: str) -> int:
 
 # The paper's path is named in the studies that rest on it, whatever the default may be.
 PAPER = "--inversion-spacing uniform --inversion-steps 10"
-# Steps of 16 pairs that cost about as many UNet calls as 60 of InPO: 60 x 19, 142 x 8, 380 x 3.
-EQUAL = {"inpo": 60, "dpo": 142, "kto": 142, "sft": 380}
-NAMES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "inpo": "InPO"}
-
-
-def table_study() -> Study:
-    """Four methods, judged early as well: each leaves the base in a way of its own."""
-    judged = {"inpo": (2, 4, 6, *range(10, 60, 10)), "sft": (10, 20, 40, *range(60, 380, 60))}
-    judged["dpo"] = judged["kto"] = (5, 10, *range(20, 142, 20))
-    flags = {m: f"--method {m}" + (f" {PAPER}" if m == "inpo" else "") for m in NAMES}
-    variants = [Variant(NAMES[m], flags[m], (*judged[m], EQUAL[m])) for m in NAMES]
-    return Study(variants, [0, 1, 2], images=8)
-
 
 # What the leaderboard compares: presets and crosses, by name. (flags, learning rates, betas): the
 # six settings that each is tuned with, the rates around what a few steps of it could bear.
@@ -112,14 +99,14 @@ def tune_study() -> Study:
 # Steps at which entries are judged that have so many at equal compute. Of all but the last there
 # are few multiples of their common divisor, which is what a run exports.
 JUDGED = {
-    38: (4, 8, 16, 26, 38, 60),
-    55: (5, 15, 25, 40, 55, 60),
-    60: (4, 12, 24, 40, 60),
-    71: (5, 15, 25, 40, 60, 71),
-    134: (10, 30, 60, 100, 134),
-    142: (10, 30, 60, 100, 142),
-    190: (10, 30, 60, 120, 190),
-    380: (20, 60, 160, 260, 380),
+    38: (4, 8, 16, 38, 60),
+    55: (5, 15, 25, 55, 60),
+    60: (4, 12, 24, 60),
+    71: (5, 15, 30, 60, 71),
+    134: (10, 30, 60, 134),
+    142: (10, 30, 60, 142),
+    190: (10, 30, 60, 190),
+    380: (20, 60, 160, 380),
 }
 PRESETS = "InPO", "DPO", "KTO", "SFT", "SmPO", "DMPO", "MaPO", "DSPO"
 
@@ -259,7 +246,6 @@ STUDIES = {
     "noisy": partial(task_study, "noisy"),
     "red": partial(task_study, "red"),
     "precision": precision_study,
-    "table": table_study,
     "tune": tune_study,
     "ablation": ablation_study,
     "inversion": inversion_study,

@@ -5,7 +5,6 @@
     python -m lab.study noisy       # five methods where every fourth label is wrong       (also)
     python -m lab.study red         # where the judge likes red, whatever the captions    (also)
     python -m lab.study precision   # InPO in half precision, where there are kernels     (also)
-    python -m lab.study table       # SFT, DPO, KTO and InPO, three seeds each      (make table)
     python -m lab.study ablation    # what the parts of InPO do                  (make ablation)
     python -m lab.study inversion   # paths of inversion, five seeds
     python -m lab.study drift       # some of them early on, where all have moved equally far
@@ -14,7 +13,7 @@
     python -m lab.study verdict     # each at the rate that was chosen, on new seeds and captions
 
 The same command continues a study; runs that are done are kept. A variant is a line of
-train_inpo.py. In `table`, `tune` and the leaderboard all take the same number of UNet calls
+train_inpo.py. In `tune` and the leaderboard all take the same number of UNet calls
 (training/budget.py), in `ablation` the same number of optimizer steps. lab/measure.py judges each
 on the way, on captions that alignment never saw, against the model that it started from: by the
 hidden preference, by faithfulness to the caption, and by drift, how far it has moved.
@@ -42,7 +41,7 @@ CORES = len(os.sched_getaffinity(0))
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("lab.study", __doc__)
     add = parser.add_argument
-    studies = "leaderboard noisy red precision tune table ablation inversion drift confirm".split()
+    studies = "leaderboard noisy red precision tune ablation inversion drift confirm".split()
     studies += ["rates", "verdict"]
     add("study", choices=studies, help="what is trained and compared")
     add("--out", type=Path, metavar="FOLDER", help="of runs and results (default: out/STUDY)")

@@ -17,30 +17,6 @@ def seeds_of(results: report.Results) -> str:
     return f"training seeds {', '.join(map(str, results.seeds))}"
 
 
-def write_table(results: report.Results, jobs: list, out: Path) -> str:
-    shortest = min(results.steps(name)[-1] for name in results.variants)
-    columns = {f"after {shortest} steps": shortest, "at equal compute": -1}
-    costs = {name: [] for name in results.variants}
-    shown = {"base": jobs[0].folder / "images" / "step_000000"}
-    for job in jobs[1:]:
-        costs[job.variant.name].append(cost_of(job))
-        if job.seed == results.seeds[0]:
-            last = f"step_{job.variant.steps:06d}"
-            shown[job.variant.name] = job.folder / "images" / last
-    axes = [("step", "wins"), ("step", "preference"), ("calls", "wins"), ("calls", "preference")]
-    panels = report.panels(results, results.variants, axes + TRADE)
-    figures.trajectories(panels, out / "table.png", f"The tiny model, {seeds_of(results)}")
-    report.samples(shown, PROMPTS, out / "samples.png")
-    parts = {
-        "Wins on the hidden preference": report.wins_table(results, columns),
-        f"Scores after {shortest} steps": report.scores_table(results, shortest),
-        "Scores at equal compute": report.scores_table(results),
-        "Where all have moved equally far": report.matched_table(results, results.variants),
-        "Training cost, at equal compute": report.cost_table(costs),
-    }
-    return "\n".join(f"## {heading}\n\n{part}" for heading, part in parts.items())
-
-
 def write_groups(results: report.Results, jobs: list, out: Path, common: list[str]) -> str:
     """A table and panels for each group of variants, with the common variants before its own.
 
@@ -201,7 +177,6 @@ def write_precision(results: report.Results, jobs: list, out: Path) -> str:
 
 
 WRITERS = {
-    "table": write_table,
     "tune": write_tune,
     "ablation": write_ablation,
     "leaderboard": write_leaderboard,

@@ -54,14 +54,6 @@ def test_commands_of_a_study_are_understood_and_folders_differ(name, entries, tm
         assert Path(args.out) == job.folder and args.batch == 16
 
 
-def test_methods_are_compared_at_equal_compute(tmp_path):
-    jobs = study.jobs_of(studies.table_study(), tmp_path)[1:]
-    work = {job.variant.name: job.variant.steps * job.calls_per_step() for job in jobs}
-    assert set(work) == {"SFT", "DPO", "KTO", "InPO"}
-    assert work["InPO"] == 60 * 16 * 2 * 9.5
-    assert all(0.98 < calls / work["InPO"] < 1.02 for calls in work.values())
-
-
 def test_entries_take_equal_compute_and_are_tuned_with_as_many_runs_on_an_unused_seed(entries):
     tuned, board = studies.tune_study(), studies.leaderboard_study()
     groups = [variant.group for variant in tuned.variants]
@@ -331,7 +323,7 @@ def test_a_study_counts_and_takes_whole_judgements_alone(jobs):
 def test_two_studies_in_a_folder_are_one_too_many(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "run_all", lambda *_: pytest.fail("it has started"))
     with alone(tmp_path), pytest.raises(SystemExit) as stop:
-        study.main(["table", "--out", str(tmp_path)])
+        study.main(["tune", "--out", str(tmp_path)])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and f"--out {tmp_path}: another job is writing there" in said
 
@@ -341,7 +333,7 @@ def test_a_run_whose_cost_is_not_known_is_named(cost, jobs):
     jobs[1].folder.mkdir(parents=True)
     if cost is not None:
         (jobs[1].folder / "cost.json").write_text(cost)
-    told = refusal(writers.write_table, results({"a": 0.1, "b": 0.1}), jobs[:2], jobs[1].folder)
+    told = refusal(writers.write_leaderboard, r60({"a": 0.1, "b": 0.1}), jobs[:2], jobs[1].folder)
     assert "cost.json" in told and "delete that folder; the same command trains again." in told
 
 
@@ -400,25 +392,6 @@ def test_a_real_leaderboard_and_tuning_from_training_to_their_pages(monkeypatch,
     drift = {j["variant"]: j["drift"] for j in found}
     assert drift["fp16"] == 0  # its two steps are skipped: they look for the scale of the loss
     assert 0.5 < drift["bf16"] / drift["InPO"] < 2 and drift["bf16"] != drift["InPO"]
-
-
-@pytest.mark.slow
-def test_a_real_study_from_training_to_its_page(monkeypatch, tmp_path):
-    size = "--batch 2 --micro-batch 2"
-    variants = [
-        study.Variant("short InPO", f"--method inpo --inversion-steps 2 {size}", (2, 3)),
-        study.Variant("short SFT", f"--method sft {size}", (3, 4)),
-    ]
-    monkeypatch.setitem(study.STUDIES, "table", lambda: study.Study(variants, [0], images=1))
-    study.main(["table", "--out", str(tmp_path), "--jobs", "2"])
-    found = json.loads((tmp_path / "table_judgements.json").read_text())
-    assert [(j["variant"], j["step"]) for j in found] == [
-        ("base", 0), ("short InPO", 2), ("short InPO", 3), ("short SFT", 3), ("short SFT", 4)
-    ]  # fmt: skip
-    assert found[0]["drift"] == 0 and all(0 < j["drift"] < 1e-3 for j in found[1:])
-    text = (tmp_path / "table.md").read_text()
-    assert "## Scores after 3 steps" in text and "| short SFT | 4 |" in text
-    assert (tmp_path / "table.png").exists() and (tmp_path / "samples.png").exists()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -557,6 +530,7 @@ def test_scores_at_equal_drift_are_those_of_each_image_on_the_way():
     assert means[0] == pytest.approx([start + 0.02 * 60, start + 0.08, start + 0.04], abs=6e-4)
     assert means[1] == pytest.approx([start + 0.01 * 60, start + 0.04, start + 0.04], abs=6e-4)
     assert "[" in cells[0][3] and cells[0][4] == "+0.040" and len(cells[1]) == 4
+    assert float(cells[0][5].split(" ")[0]) == 0  # at equal drift the faster one gains nothing
     panels = report.rank_panels(r60({"slow": 0.01, "fast": 0.02}), 0.04**2)
     assert [list(panel["rows"]) for panel in panels] == [["fast", "slow"]] * 4
     assert panels[1]["rows"]["slow"][0] == pytest.approx(start + 0.04)
@@ -649,7 +623,7 @@ def test_every_study_writes_its_pages_and_pictures(entries, monkeypatch, tmp_pat
         steps = {s for v in small.variants for s in (v.equal, v.steps) if s}
         r = results(gains, 1, tuple(small.seeds), (*sorted(steps | {60}),))
         r.equal = {v.name: v.equal for v in small.variants if v.equal}
-        for job in jobs if name in ("table", "inversion", "leaderboard", "noisy", "red") else []:
+        for job in jobs if name in ("inversion", "leaderboard", "noisy", "red") else []:
             step = (job.variant.equal or job.variant.steps) if job.variant else 0
             step = min(step, 60) if name == "inversion" else step
             for k in range(18):
@@ -668,4 +642,4 @@ def test_every_study_writes_its_pages_and_pictures(entries, monkeypatch, tmp_pat
             hidden = {"confirm": True, "verdict": True, "precision": True, "tune": True}
             hidden["inversion"] = "eta" in variant.name
             assert shown != hidden.get(name, False)
-    assert Image.open(tmp_path / "table" / "samples.png").width > 64
+    assert Image.open(tmp_path / "leaderboard" / "leaderboard_samples.png").width > 64
