@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 READY_DEV := .venv/ready-dev
 
-.PHONY: demo circle test test-all lint leaderboard tune table ablation bench full-size scale real chaos fuzz
+.PHONY: demo circle test test-all lint leaderboard tune ablation bench full-size scale real chaos fuzz
 .PHONY: book clean
 
 $(READY): requirements.txt
@@ -45,9 +45,9 @@ leaderboard: $(READY)
 tune: $(READY)
 	$(BIN)/python -m lab.study tune --out out/tune --report docs/tune.md
 
-# The paper's table in miniature, and an ablation; likewise.
-table ablation: $(READY)
-	$(BIN)/python -m lab.study $@ --out out/$@
+# What the parts of InPO do; likewise.
+ablation: $(READY)
+	$(BIN)/python -m lab.study ablation --out out/ablation
 
 test: $(READY_DEV) lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

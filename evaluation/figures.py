@@ -177,8 +177,9 @@ def trajectories(panels: list[dict], path: str | Path, title: str = "", columns:
 
     A panel has "title", "x" and "y" (labels with units), "lines": {name: [(xs, ys), ...]}, a
     trajectory per run of a model, and perhaps "span": the y axis begins at most at its lower end
-    and ends at its upper one; "log": whether the x axis is logarithmic. Faint lines are single
-    runs, thick ones the mean of runs, point by point. Colours follow the order in the panel."""
+    and ends at its upper one; "limits": both ends of the y axis; "log": whether the x axis is
+    logarithmic; "line", a y to compare with. Faint lines are single runs, thick ones the mean of
+    runs, point by point. Colours follow the order in the panel."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -196,6 +197,10 @@ def trajectories(panels: list[dict], path: str | Path, title: str = "", columns:
         if "span" in panel:
             low, high = panel["span"]
             axes.set_ylim(min(low, axes.get_ylim()[0]), high)
+        if "limits" in panel:
+            axes.set_ylim(panel["limits"])
+        if "line" in panel:
+            axes.axhline(panel["line"], color=GREY, linestyle="--", linewidth=1, zorder=1)
         if panel.get("log"):
             axes.set_xscale("log")
         else:

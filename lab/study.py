@@ -47,7 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, metavar="FOLDER", help="of runs and results (default: out/STUDY)")
     add("--jobs", type=int, default=CORES, metavar="N", help="runs at a time")
     add("--report", type=Path, metavar="FILE", help="Markdown file, whose section is replaced")
-    add("--only", nargs="+", metavar="GROUP", help="of the study's groups of variants, by name")
+    add("--only", nargs="+", metavar="NAME", help="of the study's variants, or groups of them")
     args = parser.parse_args(argv)
     args.out = args.out or Path("out", args.study)
     if args.jobs < 1:
@@ -129,10 +129,10 @@ class Job:
 
 
 def jobs_of(study: Study, out: Path, only: list[str] | None = None) -> list[Job]:
-    """A job for each variant and seed, and first the base's. Raises UserError where `only` names a
-    group that is none of the study's."""
+    """A job for each variant and seed, and first the base's. Raises UserError where `only` names
+    neither a variant of the study nor a group of them."""
     groups = {variant.group for variant in study.variants}
-    if unknown := set(only or []) - groups:
+    if unknown := set(only or []) - groups - {variant.name for variant in study.variants}:
         known = ", ".join(sorted(groups)) or "none in this study"
         raise UserError(f"--only {min(unknown)}: there are the groups {known}.")
 
@@ -146,7 +146,7 @@ def jobs_of(study: Study, out: Path, only: list[str] | None = None) -> list[Job]
         Job(variant, seed, study.images, folder(variant, seed), study.fold, study.task)
         for seed in study.seeds
         for variant in study.variants
-        if not only or variant.group in only
+        if not only or {variant.name, variant.group} & set(only)
     ]
     base = Job(None, 0, study.images, runs / f"base-{study.images}", study.fold, study.task)
     return [base, *trained]

@@ -29,9 +29,9 @@ def read(file: Path = FILE) -> list[dict]:
 
 
 def merge(file: Path, settings: list[dict]) -> list[dict]:
-    """Put the groups of these settings in the place of the file's, and return all."""
-    new = {setting["group"] for setting in settings}
-    kept = [setting for setting in read(file) if setting["group"] not in new]
+    """Put these settings in the place of the same ones of the file, and return all."""
+    new = {(setting["group"], setting["flags"]) for setting in settings}
+    kept = [setting for setting in read(file) if (setting["group"], setting["flags"]) not in new]
     rows = ",\n".join(json.dumps(setting) for setting in kept + settings)
     write(file, f'{{"settings": [\n{rows}\n]}}\n')
     return kept + settings
@@ -67,7 +67,11 @@ def tables_of(settings: list[dict]) -> str:
 
 def panels(settings: list[dict]) -> list[dict]:
     """A panel of figures.trajectories for each group: preference by learning rate, a line for each
-    beta."""
+    beta. All have one y axis, around the base's preference and the best; what falls far below the
+    base is left out."""
+    base = next(s["preference"][0] for s in settings if s["group"] == BASE)
+    best = max(s["preference"][0] for s in settings)
+    limits = base - 0.5 * (best - base), best + 0.1 * (best - base)
     found = []
     for group in dict.fromkeys(s["group"] for s in settings if s["group"] != BASE):
         lines: dict[str, list] = {}
@@ -77,7 +81,9 @@ def panels(settings: list[dict]) -> list[dict]:
             name = f"beta {value['--beta']}" if "--beta" in value else "no beta"
             lines.setdefault(name, []).append((float(value["--lr"]), s["preference"][0]))
         axes = {"title": group, "x": "learning rate", "y": "mean preference", "log": True}
-        found.append(axes | {"lines": {n: [tuple(zip(*p, strict=True))] for n, p in lines.items()}})
+        axes |= {"limits": limits, "line": base}
+        drawn = {name: [tuple(zip(*sorted(points), strict=True))] for name, points in lines.items()}
+        found.append(axes | {"lines": drawn})
     return found
 
 

@@ -90,7 +90,7 @@ def test_a_command_is_understood_and_names_data_that_exist(words, monkeypatch, t
 def test_make_targets_exist():
     rules = re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     named = re.findall(r"\bmake ([a-z][a-z-]*)", "".join(page.read_text() for page in PAGES))
-    assert {"demo", "table"} <= set(named) <= set(" ".join(rules).split())
+    assert {"demo", "leaderboard"} <= set(named) <= set(" ".join(rules).split())
 
 
 def test_the_first_screen_says_what_to_type_and_what_is_not_known():

@@ -57,7 +57,8 @@ def test_commands_of_a_study_are_understood_and_folders_differ(name, entries, tm
 def test_entries_take_equal_compute_and_are_tuned_with_as_many_runs_on_an_unused_seed(entries):
     tuned, board = studies.tune_study(), studies.leaderboard_study()
     groups = [variant.group for variant in tuned.variants]
-    assert {group: groups.count(group) for group in groups} == dict.fromkeys(studies.ENTRIES, 6)
+    assert {groups.count(group) for group in studies.ENTRIES} <= {6, 8, 10}
+    assert set(groups) == set(studies.ENTRIES)
     assert not set(tuned.seeds) & set(board.seeds)
     work = {v.name: v.steps * v.calls_per_step for v in tuned.variants}
     work |= {v.name: v.equal * v.calls_per_step for v in board.variants}
@@ -83,7 +84,7 @@ def test_the_leaderboard_trains_with_the_flags_that_were_chosen(entries):
         assert variant.flags == best["flags"]
         tried = [s for s in entries if s["group"] == variant.name]
         faithful = [s for s in tried if s["faithfulness"][0] >= 0.97]
-        assert len(faithful) == 5  # the one that is preferred most has lost its captions
+        assert len(faithful) == len(tried) - 1  # the best has lost captions
         assert best["preference"][0] == max(s["preference"][0] for s in faithful)
 
 
@@ -100,7 +101,9 @@ def test_jobs_of_another_task_train_on_its_pairs_and_are_judged_by_it(entries, t
 def test_only_some_groups_of_a_study_are_trained_and_an_unknown_one_is_named(tmp_path):
     every = study.STUDIES["tune"]()
     jobs = study.jobs_of(every, tmp_path, ["MaPO", "KTO"])
-    assert [job.variant.group for job in jobs[1:]] == ["KTO"] * 6 + ["MaPO"] * 6
+    assert [job.variant.group for job in jobs[1:]] == ["KTO"] * 6 + ["MaPO"] * 8
+    one = study.jobs_of(every, tmp_path, ["MaPO, lr 2e-5, beta 0.1"])[1:]
+    assert [job.variant.flags for job in one] == ["--method mapo --lr 2e-5 --beta 0.1"]
     told = refusal(study.jobs_of, every, tmp_path, ["KT0"])
     assert told.startswith("--only KT0: there are the groups DMPO, ")
 
@@ -115,10 +118,10 @@ def entries(monkeypatch):
     found = [setting("base", "", 0.4)]
     found[0]["faithfulness"][0] = 0.99
     for variant in studies.tune_study().variants:
-        k = len(found)
-        found.append(setting(variant.group, variant.flags, 0.4 + k % 6 / 100 + k % 5 / 1000))
-        if found[-1]["preference"][0] >= 0.45:
-            found[-1]["faithfulness"][0] = 0.9
+        k = sum(s["group"] == variant.group for s in found)
+        found.append(setting(variant.group, variant.flags, 0.4 + k / 100))
+    for name in studies.ENTRIES:
+        [s for s in found if s["group"] == name][-1]["faithfulness"][0] = 0.9
     monkeypatch.setattr(tuning, "read", lambda *_: found)
     for dtype in ("bf16", "fp16"):  # as if this processor had kernels for both
         monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported", lambda: True)
@@ -132,18 +135,22 @@ def setting(group: str, flags: str, preference: float) -> dict:
     return found | {"preference": mean, "faithfulness": list(share), "drift": 0.001}
 
 
-def test_settings_are_kept_by_group(tmp_path):
+def test_settings_are_kept_and_the_same_ones_replaced(tmp_path):
     file = tmp_path / "settings.json"
-    first = [setting("base", "", 0.4), setting("A", "--lr 1", 0.5), setting("B", "--lr 1", 0.5)]
+    first = [setting("base", "", 0.4), setting("A", "--lr 1", 0.5), setting("B", "--lr 2", 0.5)]
     assert tuning.merge(file, first) == tuning.read(file) == first
-    second = [setting("base", "", 0.4), setting("B", "--lr 2", 0.6), setting("B", "--lr 3", 0.5)]
+    second = [setting("base", "", 0.4), setting("B", "--lr 2", 0.6), setting("B", "--lr 1", 0.5)]
     assert tuning.merge(file, second) == tuning.read(file) == [first[1], *second]
     text = tuning.tables_of(tuning.read(file))
     assert [line for line in text.splitlines() if line.startswith("## ")] == ["## A", "## B"]
     marked = [line for line in text.splitlines() if line.startswith("| chosen")]
     assert [line.split(" | ")[1] for line in marked] == ["--lr 1", "--lr 2"]
-    lines = [panel["lines"] for panel in tuning.panels(tuning.read(file))]
-    assert lines == [{"no beta": [((1,), (0.5,))]}, {"no beta": [((2, 3), (0.6, 0.5))]}]
+    panels = tuning.panels(tuning.read(file))
+    assert [panel["lines"] for panel in panels] == [
+        {"no beta": [((1,), (0.5,))]}, {"no beta": [((1, 2), (0.5, 0.6))]}
+    ]  # fmt: skip
+    for panel in panels:  # by one measure, which shows the base and the best
+        assert panel["line"] == 0.4 and panel["limits"] == pytest.approx((0.3, 0.62))
 
 
 def test_what_cannot_be_chosen_from_is_named(tmp_path):
