@@ -65,6 +65,7 @@ PAPER = "--inversion-spacing uniform --inversion-steps 10"
 RATES, BETAS = ("5e-6", "1e-5", "2e-5"), ("1000", "5000")
 LOWER, HIGHER = ("1e-6", "2e-6", "5e-6"), ("1e-5", "2e-5", "4e-5")
 COARSE = ("2e-6", "5e-6", "1e-5", "2e-5", "4e-5", "1e-4")
+FINE = ("2e-7", "5e-7", "1e-6", "2e-6", "5e-6", "1e-5")
 ENTRIES = {
     "InPO": (f"--method inpo {PAPER}", (*RATES, "4e-5"), BETAS),
     "DPO": ("--method dpo", (*LOWER, "1e-5", "2e-5"), BETAS),
@@ -77,8 +78,8 @@ ENTRIES = {
     "InPO, released latents": ("--method inpo --latents released", (*RATES, "4e-5"), BETAS),
     "InPO, log sigma": ("--method inpo --inversion-spacing log-sigma", RATES, BETAS),
     "InPO, renoise": ("--method inpo --latents renoise", HIGHER, BETAS),
-    "KTO, inverted": ("--method kto --latents inversion", RATES, BETAS),
-    "SFT, inverted": ("--method sft --latents inversion", COARSE, ()),
+    "KTO, inverted": ("--method kto --latents inversion", ("1e-6", "2e-6", *RATES), BETAS),
+    "SFT, inverted": ("--method sft --latents inversion", FINE, ()),
     "DPO, safe loser": ("--method dpo --safe-loser 0.6", ("2e-6", "5e-6", "1e-5"), BETAS),
 }
 
