@@ -75,7 +75,7 @@ ENTRIES = {
     "DMPO": ("--method dmpo", LOWER, BETAS),
     "MaPO": ("--method mapo", ("2e-6", "5e-6", "1e-5", "2e-5"), ("0.02", "0.1")),
     "DSPO": ("--method dspo", (*RATES, "4e-5"), ("0.001", "0.5")),
-    "InPO, released latents": ("--method inpo --latents released", (*RATES, "4e-5"), BETAS),
+    "InPO, released latents": ("--method inpo --latents released", (*RATES, "4e-5", "8e-5"), BETAS),
     "InPO, log sigma": ("--method inpo --inversion-spacing log-sigma", RATES, BETAS),
     "InPO, renoise": ("--method inpo --latents renoise", HIGHER, BETAS),
     "KTO, inverted": ("--method kto --latents inversion", ("1e-6", "2e-6", *RATES), BETAS),

@@ -101,7 +101,7 @@ BASELINES = {  # what differs from InPO's
         "steps": (2000, 2000, 60),
         "batch": (16, 16, 16),
         "micro_batch": (2, 2, 16),
-        "lr": (1e-5, 1e-5, 1e-5),
+        "lr": (1e-5, 1e-5, 2e-5),
         "warmup": (0, 0, 10),
     },
     # huaishengzhu/DSPO at 8b4e09b, launchers/sdxl.sh and sd15.sh; beta is SD1.5's, since the SDXL
@@ -150,7 +150,7 @@ LORA = {
     "sft": {"lr": (1e-4, 1e-4, 5e-5)},
     "smpo": {},
     "dmpo": {"steps": (2000, 2000, 60), "lr": (1e-5, 1e-5, 2e-5)},
-    "mapo": {"steps": (2000, 2000, 60), "lr": (1e-5, 1e-5, 1e-4)},
+    "mapo": {"steps": (2000, 2000, 60), "lr": (1e-5, 1e-5, 2e-4)},
     "dspo": {"lr": (1e-4, 1e-4, 2e-4)},
 }
 # Of each --inversion-spacing, where --inversion-steps is not given; see docs/inversion.md.
