@@ -37,25 +37,28 @@ def merge(file: Path, settings: list[dict]) -> list[dict]:
     return kept + settings
 
 
+def faithful(settings: list[dict], group: str) -> list[dict]:
+    """The settings of this group that may be chosen."""
+    start = [s["faithfulness"][0] for s in settings if s["group"] == BASE]
+    return [s for s in settings if s["group"] == group and s["faithfulness"][0] >= start[0] - LOST]
+
+
 def chosen(settings: list[dict], group: str) -> dict:
     """The setting that this group takes. Raises UserError where none was tried, or none is left."""
-    start = [s["faithfulness"][0] for s in settings if s["group"] == BASE]
-    tried = [s for s in settings if s["group"] == group]
-    if not start or not tried:
+    if not {BASE, group} <= {s["group"] for s in settings}:
         raise UserError(f"{group} has not been tuned: python -m lab.study tune --only '{group}'.")
-    left = [s for s in tried if s["faithfulness"][0] >= start[0] - LOST]
-    if not left:
+    if not (left := faithful(settings, group)):
         raise UserError(f"{group}: every setting has lost more than 3 points of faithfulness.")
     return max(left, key=lambda s: s["preference"][0])
 
 
 def tables_of(settings: list[dict]) -> str:
-    """A table for each group, its chosen setting marked."""
+    """A table for each group, its chosen setting marked, if one is left to choose."""
     text, groups = "", dict.fromkeys(s["group"] for s in settings if s["group"] != BASE)
     heads = ["", "flags", "steps", "wins over base, %", "mean preference", "faithfulness, %"]
     heads.append("drift")
     for group in groups:
-        rows, taken = [], chosen(settings, group)
+        rows, taken = [], chosen(settings, group) if faithful(settings, group) else None
         for s in [s for s in settings if s["group"] in (BASE, group)]:
             row = ["chosen" if s is taken else "", s["flags"] or BASE, str(s["steps"] or "")]
             row.append("" if s["group"] == BASE else cell(*s["wins"], ".1f", 100))

@@ -157,6 +157,8 @@ def test_what_cannot_be_chosen_from_is_named(tmp_path):
     start, lost = setting("base", "", 0.4), setting("A", "--lr 1", 0.5)
     lost["faithfulness"][0] = 0.969
     assert "every setting has lost" in refusal(tuning.chosen, [start, lost], "A")
+    text = tuning.tables_of([start, lost])
+    assert "## A" in text and "| --lr 1 |" in text and "chosen" not in text
     assert "tune --only 'B'" in refusal(tuning.chosen, [start, lost], "B")
     assert "tune --only 'A'" in refusal(tuning.chosen, [lost], "A")
     for content in ('{"group": 1}', '{"settings": [{"group": 1}]}', '{"settings": [3]}'):
