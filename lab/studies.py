@@ -80,7 +80,7 @@ ENTRIES = {
     "InPO, renoise": ("--method inpo --latents renoise", HIGHER, BETAS),
     "KTO, inverted": ("--method kto --latents inversion", ("1e-6", "2e-6", *RATES), BETAS),
     "SFT, inverted": ("--method sft --latents inversion", FINE, ()),
-    "DPO, safe loser": ("--method dpo --safe-loser 0.6", ("2e-6", *RATES), BETAS),
+    "DPO, safe loser": ("--method dpo --safe-loser 0.6", ("2e-6", *RATES, "4e-5"), BETAS),
 }
 
 
