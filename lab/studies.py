@@ -121,8 +121,10 @@ def entry(name: str) -> Variant:
 
 
 def leaderboard_study() -> Study:
-    """Every entry, judged early as well: each leaves the base in a way of its own."""
-    return Study([entry(name) for name in ENTRIES], [0, 1, 2], images=4)
+    """Every entry that any setting has made better than the base, judged early as well: each leaves
+    the base in a way of its own."""
+    names = [name for name in ENTRIES if tuning.gains(tuning.read(), name)]
+    return Study([entry(name) for name in names], [0, 1, 2], images=4)
 
 
 def task_study(task: str) -> Study:

@@ -52,6 +52,12 @@ def chosen(settings: list[dict], group: str) -> dict:
     return max(left, key=lambda s: s["preference"][0])
 
 
+def gains(settings: list[dict], group: str) -> bool:
+    """Whether the setting that this group takes is preferred to the base at all."""
+    base = next(s["preference"][0] for s in settings if s["group"] == BASE)
+    return chosen(settings, group)["preference"][0] > base
+
+
 def tables_of(settings: list[dict]) -> str:
     """A table for each group, its chosen setting marked, if one is left to choose."""
     text, groups = "", dict.fromkeys(s["group"] for s in settings if s["group"] != BASE)

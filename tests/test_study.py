@@ -88,6 +88,13 @@ def test_the_leaderboard_trains_with_the_flags_that_were_chosen(entries):
         assert best["preference"][0] == max(s["preference"][0] for s in faithful)
 
 
+def test_what_no_setting_has_made_better_than_the_base_is_not_on_the_leaderboard(entries):
+    assert [v.name for v in studies.leaderboard_study().variants] == list(studies.ENTRIES)
+    for worse in (s for s in entries if s["group"] == "DPO"):
+        worse["preference"][0] = 0.39
+    assert {*studies.ENTRIES} - {v.name for v in studies.leaderboard_study().variants} == {"DPO"}
+
+
 def test_jobs_of_another_task_train_on_its_pairs_and_are_judged_by_it(entries, tmp_path):
     jobs = study.jobs_of(study.STUDIES["red"](), tmp_path)
     clean = study.jobs_of(study.STUDIES["leaderboard"](), tmp_path)
@@ -119,7 +126,7 @@ def entries(monkeypatch):
     found[0]["faithfulness"][0] = 0.99
     for variant in studies.tune_study().variants:
         k = sum(s["group"] == variant.group for s in found)
-        found.append(setting(variant.group, variant.flags, 0.4 + k / 100))
+        found.append(setting(variant.group, variant.flags, 0.41 + k / 100))
     for name in studies.ENTRIES:
         [s for s in found if s["group"] == name][-1]["faithfulness"][0] = 0.9
     monkeypatch.setattr(tuning, "read", lambda *_: found)
