@@ -178,8 +178,8 @@ def trajectories(panels: list[dict], path: str | Path, title: str = "", columns:
     A panel has "title", "x" and "y" (labels with units), "lines": {name: [(xs, ys), ...]}, a
     trajectory per run of a model, and perhaps "span": the y axis begins at most at its lower end
     and ends at its upper one; "limits": both ends of the y axis; "log": whether the x axis is
-    logarithmic; "line", a y to compare with. Faint lines are single runs, thick ones the mean of
-    runs, point by point. Colours follow the order in the panel."""
+    logarithmic, with a tick at each point; "line", a y to compare with. Faint lines are single
+    runs, thick ones the mean of runs, point by point. Colours follow the order in the panel."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -202,7 +202,10 @@ def trajectories(panels: list[dict], path: str | Path, title: str = "", columns:
         if "line" in panel:
             axes.axhline(panel["line"], color=GREY, linestyle="--", linewidth=1, zorder=1)
         if panel.get("log"):
+            points = sorted({x for runs in panel["lines"].values() for xs, _ in runs for x in xs})
             axes.set_xscale("log")
+            axes.set_xticks(points, [f"{x:.0e}".replace("e-0", "e-") for x in points])
+            axes.xaxis.minorticks_off()
         else:
             axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(color="#e6e6e6", linewidth=0.7)

@@ -65,7 +65,7 @@ def tables_of(settings: list[dict]) -> str:
     heads.append("drift")
     for group in groups:
         rows, taken = [], chosen(settings, group) if faithful(settings, group) else None
-        for s in [s for s in settings if s["group"] in (BASE, group)]:
+        for s in [s for part in (BASE, group) for s in settings if s["group"] == part]:
             row = ["chosen" if s is taken else "", s["flags"] or BASE, str(s["steps"] or "")]
             row.append("" if s["group"] == BASE else cell(*s["wins"], ".1f", 100))
             row += [cell(*s["preference"], ".3f"), cell(*s["faithfulness"], ".1f", 100)]
