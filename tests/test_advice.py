@@ -84,6 +84,14 @@ def test_a_warm_up_that_outlasts_the_run_is_warned_about(said):
     assert "ends at 0.0005 in place of 0.001; give --warmup 2." in sentence
 
 
+def test_inverted_latents_without_the_loss_of_a_pair_are_warned_about(said):
+    for words in ("--method=inpo", "--method=kto", "--method=mapo --latents=inversion"):
+        assert said(*words.split(), beta=None) == []
+    for objective in ("kto", "sft"):
+        (sentence,) = said("--latents=inversion", method=objective, beta=None)
+        assert sentence.startswith(f"--objective {objective} --latents inversion: on inverted")
+
+
 def test_a_resolution_that_is_not_the_models_own_is_warned_about(said):
     assert said(resolution=16) == []
     (sentence,) = said(resolution=32)

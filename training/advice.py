@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 from training import held_out, lora
+from training.methods import OBJECTIVES
 from training.recipes import recipe_of
 from weights import loading
 
@@ -17,7 +18,7 @@ FEW = 25  # held-out pairs: the standard error of their accuracy is 10 points
 
 
 def settings(args: Namespace, plan) -> Iterator[str]:
-    """Of steps, warm-up, resolution and adapters. plan: a plan.Plan."""
+    """Of steps, latents, warm-up, resolution and adapters. plan: a plan.Plan."""
     epochs = args.steps * args.batch / len(plan.pairs)
     if epochs > EPOCHS:
         fits = max(1, EPOCHS * len(plan.pairs) // args.batch)
@@ -30,6 +31,12 @@ def settings(args: Namespace, plan) -> Iterator[str]:
         yield (
             f"--held-out {args.held_out}: an accuracy on {held} pairs is known to about "
             f"{50 / held**0.5:.0f} points; hold out {FEW} or more."
+        )
+    if args.latents != "noise" and not OBJECTIVES[args.objective].pairwise:
+        yield (
+            f"--objective {args.objective} --latents {args.latents}: on inverted latents the tiny "
+            "model learnt to agree with its own inversion, and lost the captions (docs/tune.md); "
+            "give --latents noise, or an objective of pairs."
         )
     if args.warmup > args.steps:
         yield (
