@@ -117,7 +117,7 @@ def entry(name: str) -> Variant:
     flags = tuning.flags_of(name)
     equal = equal_steps(flags)
     judged = JUDGED[equal]
-    if name == "DPO, safe loser":  # at its rate, ten steps go farther than others go in all
+    if name in ("DSPO", "DPO, safe loser"):  # whose ten steps go farther than others go in all
         judged = (5, *judged)
     group = "Methods" if name in PRESETS else "Crosses"
     return Variant(name, flags, judged, group, equal)
