@@ -141,6 +141,8 @@ def write_leaderboard(results: report.Results, jobs: list, out: Path) -> str:
     return f"## {HEADINGS[name]}\n\n" + "\n".join(
         (
             report.rank_table(results, level),
+            f"![preference by UNet calls and by drift, and faithfulness]({name}_curves.png)\n",
+            f"![one image of each model for six prompts]({name}_samples.png)\n",
             "At equal compute:\n",
             report.scores_table(results, settings=settings),
             "What training cost, the mean of the seeds:\n",
