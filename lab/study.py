@@ -1,8 +1,8 @@
 """Studies in miniature: train many variants of the tiny model, measure them on the way, compare.
 
-    python -m lab.study tune        # six settings for each method                   (make tune)
+    python -m lab.study tune        # six to ten settings for each entry              (make tune)
     python -m lab.study leaderboard # methods and crosses, three seeds each   (make leaderboard)
-    python -m lab.study noisy       # five methods where every fourth label is wrong       (also)
+    python -m lab.study noisy       # six methods where every fourth label is wrong        (also)
     python -m lab.study red         # where the judge likes red, whatever the captions    (also)
     python -m lab.study precision   # InPO in half precision, where there are kernels     (also)
     python -m lab.study ablation    # what the parts of InPO do                  (make ablation)
