@@ -85,7 +85,8 @@ def test_a_warm_up_that_outlasts_the_run_is_warned_about(said):
 
 
 def test_inverted_latents_without_the_loss_of_a_pair_are_warned_about(said):
-    for words in ("--method=inpo", "--method=kto", "--method=mapo --latents=inversion"):
+    even = "--method=kto --latents=inversion --liked-share=0.5"
+    for words in ("--method=inpo", "--method=kto", "--method=mapo --latents=inversion", even):
         assert said(*words.split(), beta=None) == []
     for objective in ("kto", "sft"):
         (sentence,) = said("--latents=inversion", method=objective, beta=None)

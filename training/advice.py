@@ -32,11 +32,12 @@ def settings(args: Namespace, plan) -> Iterator[str]:
             f"--held-out {args.held_out}: an accuracy on {held} pairs is known to about "
             f"{50 / held**0.5:.0f} points; hold out {FEW} or more."
         )
-    if args.latents != "noise" and not OBJECTIVES[args.objective].pairwise:
+    alone = not OBJECTIVES[args.objective].pairwise and args.liked_share != 0.5
+    if args.latents != "noise" and alone:  # winners pull more than losers push
         yield (
             f"--objective {args.objective} --latents {args.latents}: on inverted latents the tiny "
             "model learnt to agree with its own inversion, and lost the captions (docs/tune.md); "
-            "give --latents noise, or an objective of pairs."
+            "give --latents noise, an objective of pairs, or kto with --liked-share 0.5."
         )
     if args.warmup > args.steps:
         yield (
