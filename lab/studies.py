@@ -79,7 +79,11 @@ ENTRIES = {
     "InPO, log sigma": ("--method inpo --inversion-spacing log-sigma", RATES, BETAS),
     "InPO, renoise": ("--method inpo --latents renoise", HIGHER, BETAS),
     "KTO, inverted": ("--method kto --latents inversion", ("1e-6", "2e-6", *RATES), BETAS),
-    "KTO, inverted, even": ("--method kto --latents inversion --liked-share 0.5", RATES, BETAS),
+    "KTO, inverted, even": (
+        "--method kto --latents inversion --liked-share 0.5",
+        (*RATES, "4e-5"),
+        BETAS,
+    ),
     "SFT, inverted": ("--method sft --latents inversion", FINE, ()),
     "DPO, safe loser": ("--method dpo --safe-loser 0.6", ("2e-6", *RATES, "4e-5"), BETAS),
 }
