@@ -114,16 +114,16 @@ JUDGED = {
     190: (10, 30, 60, 190),
     380: (20, 60, 160, 380),
 }
+EARLY = "DSPO", "DPO, safe loser"  # also after 5: their 10 go farther than others go in all
 PRESETS = "InPO", "DPO", "KTO", "SFT", "SmPO", "MaPO", "DMPO", "DSPO"
+ON_TASKS = "InPO", "DPO", "KTO", "SFT", "SmPO", "MaPO", "KTO, inverted, even", "DPO, safe loser"
 
 
 def entry(name: str) -> Variant:
     """An entry of the leaderboard at the setting that docs/settings.json has chosen."""
     flags = tuning.flags_of(name)
     equal = equal_steps(flags)
-    judged = JUDGED[equal]
-    if name in ("DSPO", "DPO, safe loser"):  # whose ten steps go farther than others go in all
-        judged = (5, *judged)
+    judged = (5, *JUDGED[equal]) if name in EARLY else JUDGED[equal]
     group = "Methods" if name in PRESETS else "Crosses"
     return Variant(name, flags, judged, group, equal)
 
@@ -136,9 +136,9 @@ def leaderboard_study() -> Study:
 
 
 def task_study(task: str) -> Study:
-    """Six methods on another task, at the settings that were chosen on the clean one."""
+    """Eight entries on another task, at the settings that were chosen on the clean one."""
     judged = {60: (24, 60), 38: (16, 38, 60), 142: (60, 142), 190: (60, 190), 380: (60, 380)}
-    variants = [entry(name) for name in PRESETS[:6]]
+    variants = [entry(name) for name in ON_TASKS]
     variants = [replace(variant, judged=judged[variant.equal]) for variant in variants]
     return Study(variants, [0, 1, 2], images=4, task=task)
 

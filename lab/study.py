@@ -2,7 +2,7 @@
 
     python -m lab.study tune        # six to ten settings for each entry              (make tune)
     python -m lab.study leaderboard # methods and crosses, three seeds each   (make leaderboard)
-    python -m lab.study noisy       # six methods where every fourth label is wrong        (also)
+    python -m lab.study noisy       # eight entries, where every fourth label is wrong     (also)
     python -m lab.study red         # where the judge likes red, whatever the captions    (also)
     python -m lab.study precision   # InPO in half precision, where there are kernels     (also)
     python -m lab.study ablation    # what the parts of InPO do                  (make ablation)
