@@ -213,20 +213,27 @@ def matched_table(results: Results, variants: list[str]) -> str:
     )
 
 
-def compared(results: Results, variant: str, level: float) -> dict[str, dict]:
-    """The preference of a variant in three comparisons, {heading: stats as of Results.mean}."""
+def equal_drift(results: Results) -> float | None:
+    """All of the way that every run has gone; None where some went past it before their first
+    judgement."""
+    level = common_levels(results, results.variants)[-1]
+    scores = [results.at_drift(name, "preference", level) for name in results.variants]
+    return None if np.isnan(scores).any() else level
+
+
+def compared(results: Results, variant: str, level: float | None) -> dict[str, np.ndarray]:
+    """The preference of a variant's images in each comparison, {heading: (seeds, images)}."""
     found = {
         "after 60 steps": results.get(variant, 60, "preference"),
         "at equal compute": results.get(variant, -1, "preference"),
-        f"at drift {level:.2g}": results.at_drift(variant, "preference", level),
     }
-    return {heading: stats_of(results, values) for heading, values in found.items()}
+    if level is not None:
+        found[f"at drift {level:.2g}"] = results.at_drift(variant, "preference", level)
+    return found
 
 
 def stats_of(results: Results, values: np.ndarray) -> dict:
-    """winrate.average of scores (seeds, images) and each seed's mean; NaN where one is unknown."""
-    if np.isnan(values).any():
-        return dict.fromkeys(("mean", "low", "high"), float("nan")) | {"seeds": []}
+    """winrate.average of scores (seeds, images), and each seed's mean."""
     stats = winrate.average(values.ravel(), results.prompts * len(values))
     return stats | {"seeds": values.mean(1).tolist()}
 
@@ -238,31 +245,30 @@ def ranked(results: Results) -> list[str]:
     )
 
 
-def rank_table(results: Results, level: float) -> str:
+def rank_table(results: Results, level: float | None) -> str:
     """The variants in order of their preference, and how much they gain over the first listed."""
 
-    def told(stats, form):
-        return "" if np.isnan(stats["mean"]) else cell(stats, "mean", 1, form)
-
-    def far(name):  # as far from the base as all have gone
-        return results.at_drift(name, "preference", level)
+    def told(values, form):
+        return cell(stats_of(results, values), "mean", 1, form)
 
     first, rows = results.variants[0], []
+    start = compared(results, first, level)
     for name in ranked(results):
-        stats = compared(results, name, level)
-        gains = results.gain(name, first), stats_of(results, far(name) - far(first))
-        row = [name, *(told(s, ".3f") for s in stats.values())]
-        rows.append(row + [told(g, "+.3f") if name != first else "" for g in gains])
-    heads = [f"preference {heading}" for heading in stats]
-    heads += [f"gain over {first}, {heading}" for heading in list(stats)[1:]]
+        scores = compared(results, name, level)
+        gains = [told(scores[key] - start[key], "+.3f") for key in list(scores)[1:]]
+        row = [name, *(told(values, ".3f") for values in scores.values())]
+        rows.append(row + (gains if name != first else [""] * len(gains)))
+    heads = [f"preference {heading}" for heading in start]
+    heads += [f"gain over {first}, {heading}" for heading in list(start)[1:]]
     return tables.markdown(["model", *heads], rows)
 
 
-def rank_panels(results: Results, level: float) -> list[dict]:
-    """Panels of figures.dots: preference in the three comparisons, and faithfulness."""
+def rank_panels(results: Results, level: float | None) -> list[dict]:
+    """Panels of figures.dots: preference in each comparison, and faithfulness."""
     start, found = results.mean("base", "preference")["mean"], {}
     for name in ranked(results):
-        for heading, stats in compared(results, name, level).items():
+        for heading, values in compared(results, name, level).items():
+            stats = stats_of(results, values)
             panel = {"title": heading.capitalize(), "x": "mean preference", "line": start}
             ends = stats["mean"], stats["low"], stats["high"]
             found.setdefault(heading, panel | {"rows": {}})["rows"][name] = ends

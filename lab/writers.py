@@ -117,7 +117,7 @@ HEADINGS = {
 def write_leaderboard(results: report.Results, jobs: list, out: Path) -> str:
     """Of the task `clean`, `noisy` or `red`; its pictures have the name of the study."""
     name = {"clean": "leaderboard"}.get(jobs[0].task, jobs[0].task)
-    level = report.common_levels(results, results.variants)[-1]
+    level = report.equal_drift(results)
     shown = {"base": jobs[0].folder / "images" / "step_000000"}
     costs: dict[str, list[dict]] = {}
     for job in jobs[1:]:

@@ -562,6 +562,13 @@ def test_scores_at_equal_drift_are_those_of_each_image_on_the_way():
     assert [list(panel["rows"]) for panel in panels] == [["fast", "slow"]] * 4
     assert panels[1]["rows"]["slow"][0] == pytest.approx(start + 0.04)
     assert panels[1]["line"] == pytest.approx(start)
+    assert report.equal_drift(r60({"slow": 0.01, "fast": 0.02})) == pytest.approx(0.6**2)
+    far = r60({"slow": 0.01, "fast": 0.7})  # after one step farther than the other one ever
+    assert report.equal_drift(far) is None
+    assert "drift" not in report.rank_table(far, None)
+    assert [panel["title"] for panel in report.rank_panels(far, None)][1:] == [
+        "At equal compute", "Faithful, at equal compute"
+    ]  # fmt: skip
 
 
 def r60(gains: dict[str, float]) -> report.Results:
