@@ -15,6 +15,7 @@ from torch.distributed import run as torchrun
 
 import loss
 from invert import ddim_invert
+from lab import studies
 from system.files import ROOT
 from system.hub import PICKAPIC
 from system.single import PARTS, UNET
@@ -116,6 +117,28 @@ def test_links_and_pictures_exist(page):
             assert file.exists(), link
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if anchor else []
             assert not anchor or anchor in map(slug, headings), link
+
+
+def rows_of(page: str, heading: str) -> dict[str, list[str]]:
+    """The first table after a heading, {first cell: the others}; no bold, no spread of seeds."""
+    text = (ROOT / "docs" / page).read_text().partition(f"\n{heading}\n")[2]
+    lines = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()[2:]
+    plain = [re.sub(r" \(.*?\)|\*", "", line).strip("|").split("|") for line in lines]
+    return {name.strip(): [cell.strip() for cell in cells] for name, *cells in plain}
+
+
+def test_the_results_repeat_what_the_leaderboard_measured():
+    told = rows_of("results.md", "## The paper's table in miniature, and what came after it")
+    ranks = rows_of("leaderboard.md", "## The task of the demo")
+    scores = rows_of("leaderboard.md", "At equal compute:")
+    names = list(told)[1:]  # the first is the base
+    assert {*names} == {*studies.ON_TASKS, *studies.PRESETS}
+    assert names == [name for name in ranks if name in names]
+    for name in names:
+        wins, preference, *gain, faithful = told[name]
+        assert wins == scores[name][2] and faithful == scores[name][5].partition(" ")[0], name
+        assert preference == ranks[name][1].partition(" ")[0], name
+        assert gain == [ranks[name][3]], name
 
 
 def test_the_map_is_complete():
