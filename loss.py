@@ -7,7 +7,7 @@ a function of beta and, but for DSPO's, of one error per image, of policy and fr
     err_ref_i = the same, with the eps of the reference
 
 where xt_i is image i at timestep t_i, tau_i the noise that explains it, and eps_theta the policy:
-the symbols of invert.py. xt comes from inversion for InPO, from forward noise for the others. A
+the symbols of invert.py. xt comes from inversion for InPO and SmPO, else from forward noise. A
 batch of P pairs has 2P errors, (2P,) fp32: the P winners (_w), then their P losers (_l); it is
 split here and nowhere else, and an odd number raises ValueError. Losses come back one per pair (or
 image), diagnostics detached; the caller takes the mean. The released script has fp32 errors too.

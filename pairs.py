@@ -19,7 +19,7 @@ from evaluation import own
 from evaluation.published import TITLES
 from system.files import UserError
 from system.hub import add_model_flags, check_local, say_of_files
-from system.program import Parser, reported
+from system.program import Parser, finite, reported
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -158,9 +158,18 @@ def add_score(parser: argparse.ArgumentParser):
     add_source(add)
     add("--judge", required=True, type=own.choice(*TITLES), metavar="JUDGE",
         help="that gives a probability: pickscore, hps, hps-v2.0, the toy's preference, or "
-             "FILE.py:FUNCTION that has log_odds (docs/judges.md)")
+             "FILE.py:FUNCTION that has log_odds (docs/judges.md); with --log-odds any")
+    add("--log-odds", type=above_zero, metavar="K",
+        help="strength is sigmoid(K x margin of the scores), in place of the judge's own K, which "
+             "is 1 for pickscore; SmPO's release has 0.06 (docs/objectives.md)")
     add_places(add)
     # fmt: on
+
+
+def above_zero(text: str) -> float:
+    if (value := finite(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0.")
+    return value
 
 
 def add_places(add):

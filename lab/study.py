@@ -52,6 +52,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.out = args.out or Path("out", args.study)
     if args.jobs < 1:
         parser.error("--jobs must be at least 1.")
+    if args.only and args.report and args.study != "tune":
+        parser.error("--only: with --report it would replace the whole section; leave one out.")
     if args.report and not args.report.is_file():
         parser.error(f"--report {args.report}: must be a Markdown file that exists.")
     return args
@@ -208,7 +210,7 @@ def run_all(jobs: list[Job], at_once: int):
             raise
 
 
-def records(study: Study, jobs: list[Job]) -> list[dict]:
+def records(jobs: list[Job]) -> list[dict]:
     """One entry per judgement: variant, seed, step, UNet calls up to it, and its scores. The base
     is the variant "base"."""
     found = []
@@ -236,7 +238,7 @@ def run(args: argparse.Namespace):
     study = STUDIES[args.study]()
     jobs = jobs_of(study, args.out, args.only)
     run_all(jobs, args.jobs)
-    judgements = records(study, jobs)
+    judgements = records(jobs)
     equal = {variant.name: variant.equal for variant in study.variants if variant.equal}
     prompts = toy.prompts("heldout", study.fold) * study.images
     results = report.Results(judgements, prompts, equal)

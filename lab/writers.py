@@ -145,7 +145,7 @@ def write_leaderboard(results: report.Results, jobs: list, out: Path) -> str:
             f"![one image of each model for six prompts]({name}_samples.png)\n",
             "At equal compute:\n",
             report.scores_table(results, settings=settings),
-            "What training cost, the mean of the seeds:\n",
+            "What whole runs cost, to 60 steps or equal compute, whichever comes later:\n",
             report.cost_table(costs),
         )
     )

@@ -22,12 +22,13 @@ def log_odds(judge: str) -> float | None:
     return own.log_odds(judge) if own.is_own(judge) else LOG_ODDS.get(judge)
 
 
-def probability(judge: str, margin: float) -> float:
-    """The judge's probability that the first picture is preferred, sigmoid(log-odds), which is the
-    softmax of its two scores; margin: the first one's score less the second's.
+def probability(judge: str, margin: float, odds: float | None = None) -> float:
+    """The judge's probability that the first picture is preferred, sigmoid(odds * margin), which is
+    the softmax of its two scores; margin: the first one's score less the second's. odds: log-odds
+    per unit of margin, the judge's own if not given.
 
     Limit: 0.5 where both score the same."""
-    return float(expit(log_odds(judge) * margin))
+    return float(expit((log_odds(judge) if odds is None else odds) * margin))
 
 
 def check_probability(judge: str):
@@ -36,7 +37,8 @@ def check_probability(judge: str):
         attribute = f"give it one as `{judge.split(':')[-1]}.log_odds = 1.0`, or "
         raise UserError(
             f"--judge {own.title(judge)} orders pictures, but gives no probability that one is "
-            f"preferred; {attribute * own.is_own(judge)}take one of {', '.join(LOG_ODDS)}."
+            f"preferred; {attribute * own.is_own(judge)}take one of {', '.join(LOG_ODDS)}, or give "
+            "--log-odds."
         )
 
 

@@ -4,7 +4,7 @@ F.parts/          the scores of both pictures of each pair, see parts.py, until 
                   written
 F.parquet         jpg_0, jpg_1, label_0, caption as they were, without ties and broken pairs;
                   strength: the judge's probability that the labelled winner is preferred, 0..1
-                  (judges.py); below 0.5 judge and label disagree
+                  (judges.py, or by --log-odds); below 0.5 judge and label disagree
 F.broken.jsonl    pairs that are left out: {row (from 0, ties not counted), reason, and where
                   they are known file, file_row (from 0, ties counted)}"""
 
@@ -38,10 +38,12 @@ def check(args: Namespace) -> dict:
     source = expanded(args.source)
     if source.is_dir() and source.resolve() in args.out.resolve().parents:
         raise UserError(f"--out '{args.out}' would become one of the pairs of {source}; move it.")
-    check_probability(args.judge)
+    if args.log_odds is None:
+        check_probability(args.judge)
     scorers.check(args.judge, [], args.scorer_folder)
     rows = open_pairs(args)
     about = {"command": "score", "judge": own.title(args.judge), "pairs": len(rows)}
+    about |= {} if args.log_odds is None else {"log_odds": args.log_odds}
     return about | {"fingerprint": data.fingerprint(rows)} | own.digests([args.judge])
 
 
@@ -102,10 +104,10 @@ def read(pair: dict) -> tuple[list, str]:
     return images, pair["caption"]
 
 
-def strength(judge: str, scores: list[float], label: float) -> float:
-    """scores: of picture 0 and picture 1; label: 1 where picture 0 won."""
+def strength(judge: str, scores: list[float], label: float, odds: float | None = None) -> float:
+    """scores: of picture 0 and picture 1; label: 1 where picture 0 won; odds: as `probability`."""
     winner, loser = scores if label == 1 else reversed(scores)
-    return probability(judge, winner - loser)
+    return probability(judge, winner - loser, odds)
 
 
 def finish(args: Namespace, rows: Rows, folder: Path, about: dict) -> str:
@@ -121,7 +123,7 @@ def finish(args: Namespace, rows: Rows, folder: Path, about: dict) -> str:
             if isinstance(scores, str):
                 continue
             pair = rows[row]
-            strengths.append(strength(args.judge, scores, pair["label_0"]))
+            strengths.append(strength(args.judge, scores, pair["label_0"], args.log_odds))
             captions.append(pair["caption"])
             yield pair | {"strength": strengths[-1]}
 

@@ -27,10 +27,10 @@ from loss import dpo_loss, kto_loss
 from training import budget, methods, plan, preview, run
 from training.flags import parse
 from training.latents import draw_timesteps
-from training.recipes import TITLES, recipe_of
+from training.recipes import METHODS, TITLES, recipe_of
 from weights import saving
 
-METHODS = ("inpo", "dpo", "kto", "sft")
+TABLE = ("inpo", "dpo", "kto", "sft")  # of the paper
 NOISE = ("dpo", "kto", "sft")  # methods of forward noise
 
 
@@ -236,7 +236,7 @@ def watched_run(argv: list[str], out: Path) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def runs(command, tmp_path_factory) -> dict[str, SimpleNamespace]:
     """A watched run of each method, and of InPO with the reference as inverter; t in 10 cells."""
-    asked = {method: flags_of(method) for method in METHODS}
+    asked = {method: flags_of(method) for method in TABLE}
     asked |= {method: asked[method] | {"strata": 10} for method in NOISE}
     asked["by reference"] = {"method": "inpo", "inverter": "reference"}
     folder, done = tmp_path_factory.mktemp("methods"), {}
@@ -366,16 +366,27 @@ def test_without_strata_t_is_uniform_pair_by_pair():
         ("sd15", "kto", 20_000, 4, 1e-7, 200, 1000),
         ("sdxl", "sft", 2000, 2048, 2.048e-5, 200, None),
         ("sd15", "sft", 2000, 2048, 2.048e-5, 500, None),
+        ("sdxl", "smpo", 200, 1024, 1.024e-5, 100, 5000),
+        ("sd15", "smpo", 200, 1024, 1.024e-5, 100, 2000),
+        ("sdxl", "dmpo", 2000, 2048, 2.048e-6, 500, 6000),
+        ("sd15", "dmpo", 2000, 2048, 2.048e-5, 500, 2000),
+        ("sdxl", "mapo", 2000, 16, 1e-5, 0, 0.1),
+        ("sd15", "dspo", 2000, 2048, 2.048e-5, 500, 0.001),
     ],
 )
 def test_defaults_are_the_published_recipes(preset, method, steps, batch, lr, warmup, beta):
     recipe = recipe_of(preset, method)
     numbers = [recipe[flag] for flag in ("steps", "batch", "lr", "warmup", "beta")]
     assert numbers == [steps, batch, lr, warmup, beta]
-    assert recipe["caption_dropout"] == 0.2 and recipe["data"] == "yuvalkirstain/pickapic_v2"
+    assert recipe["data"] == "yuvalkirstain/pickapic_v2"
+    assert recipe["caption_dropout"] == (0 if method == "mapo" else 0.2)
     assert recipe["liked_share"] == (0.8 if method == "kto" else None)
     inversion = [recipe[flag] for flag in ("inversion_steps", "eta", "inverter", "strata")]
-    assert inversion == ([10, 0.1, "policy", None] if method == "inpo" else [None, None, None, 1])
+    walked = {"inpo": [10, 0.1], "smpo": [10 if preset == "sdxl" else 5, 0]}
+    own = walked.get(method)
+    assert inversion == ([*own, "policy", None] if own else [None, None, None, 1])
+    assert recipe["gamma"] == (10 if method == "smpo" else None)
+    assert recipe["alpha"] == (0.01 if method == "dmpo" else None)
     args = parse("", [f"--model={preset}", f"--method={method}"])
     assert {flag: getattr(args, flag) for flag in recipe} == recipe
 
@@ -391,7 +402,7 @@ def test_help_names_every_method_and_its_recipe(capsys):
     with pytest.raises(SystemExit):
         train_inpo.main(["--help"])
     text = capsys.readouterr().out
-    assert f"--method {{{','.join(TITLES)}}}" in text and {*METHODS} <= {*TITLES}
+    assert f"--method {{{','.join(TITLES)}}}" in text and {*METHODS} == {*TITLES}
     for method, number in (
         ("inpo", "1.024e-05"),
         ("dpo", "2.048e-05"),
@@ -431,6 +442,10 @@ def test_a_flag_without_a_meaning_for_the_method_is_refused(method, flag, value,
         ({"method": "kto", "safe_loser": 0.5}, ["--safe-loser", "objective kto"]),
         ({"method": "dpo", "safe_loser": 2}, ["--safe-loser 2"]),
         ({"method": "dspo", "held_out": 0.2}, ["--held-out: the objective dspo needs more"]),
+        (
+            {"method": "mapo", "latents": "inversion", "inverter": "reference"},
+            ["--inverter reference: the objective mapo has no reference; leave it out."],
+        ),
         ({"method": "dmpo", "alpha": 0}, ["--alpha 0"]),
         ({"method": "dmpo", "gamma": 2}, ["--gamma", "--method dmpo"]),
         ({"method": "kto", "strata": 0}, ["--strata 0"]),
@@ -448,7 +463,7 @@ def test_a_value_out_of_range_is_refused(flags, words, argv, tmp_path, capsys):
 def test_an_unknown_method_is_refused_with_the_known_ones(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         train_inpo.main(argv(method="ipo"))
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    (error,) = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and all(word in error for word in ("--method", "ipo", *METHODS))
 
 
@@ -514,7 +529,7 @@ def test_cost_tells_time_device_and_memory(runs):
         assert 2**20 < lowest <= cost["peak_memory"] <= highest < 2**40
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TABLE)
 def test_cost_does_not_depend_on_the_number_of_ranks(method, argv, checkpoint, monkeypatch):
     work = []
     for ranks in (1, 2):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loss import inpo_loss, smpo_loss, squared_error
+from preparing.score import strength
 
 PUBLISHED = json.loads((Path(__file__).parent / "published" / "smpo.json").read_text())
 P = torch.tensor([0.5, 0.52, 0.7, 1.0, 0.3])
@@ -133,9 +134,11 @@ def test_the_released_batch_has_the_label_of_its_first_pair():
     assert ours != pytest.approx(batch["loss"], rel=0.01)
 
 
-def test_the_released_probability_is_a_sigmoid_of_the_scores_over_their_range():
-    gap = (field("score_winner") - field("score_loser")) / (
-        0.28201571106910706 - 0.11543526500463486
-    )
-    torch.testing.assert_close(gap.sigmoid(), field("probability"), rtol=1e-6, atol=0)
-    assert field("probability").max().item() == pytest.approx(1 / (1 + math.exp(-1)))
+@pytest.mark.parametrize("case", PUBLISHED["cases"], ids=lambda case: str(case["seed"]))
+def test_pairs_score_gives_the_released_probability(case):
+    """By --log-odds 0.06, of a PickScore that is a hundred times the cosine."""
+    odds = 0.01 / (0.28201571106910706 - 0.11543526500463486)
+    assert odds == pytest.approx(0.06, rel=1e-3)
+    scores = [100 * case["score_loser"], 100 * case["score_winner"]]
+    given = strength("pickscore", scores, 0, odds)
+    assert given == pytest.approx(case["probability"], rel=1e-6)

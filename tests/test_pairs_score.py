@@ -88,6 +88,21 @@ def test_strength_is_the_softmax_of_both_scores_at_the_winner(judge, drawn, monk
     assert {row["strength"] > 0.5 for row in found} == {True, False}
 
 
+def test_log_odds_take_the_place_of_the_judges_own_and_give_one_to_any(drawn, capsys):
+    own = [row["strength"] for row in score()]
+    half = [row["strength"] for row in score("--log-odds", "10", out="b.parquet")]
+    odds = np.log(own) - np.log1p(-np.array(own))
+    assert half == pytest.approx(1 / (1 + np.exp(-odds / 2)))
+    assert "log_odds: 10.0 there, None now" in refused(capsys, out="b.parquet")
+    given = [
+        row["strength"] for row in score("--log-odds", "1", judge="faithfulness", out="c.parquet")
+    ]
+    assert {*np.round(given, 6)} <= {0.5, *np.round([1 / (1 + math.e), math.e / (1 + math.e)], 6)}
+    with pytest.raises(SystemExit):
+        score("--log-odds", "0")
+    assert "--log-odds: 0 is not above 0" in capsys.readouterr().err
+
+
 def test_swapping_pictures_and_label_leaves_the_strength_and_the_label_alone_turns_it(drawn):
     before = [row["strength"] for row in score()]
     write([row | {"jpg_0": row["jpg_1"], "jpg_1": row["jpg_0"], "label_0": 1 - row["label_0"]}

@@ -105,7 +105,7 @@ def test_jobs_of_another_task_train_on_its_pairs_and_are_judged_by_it(entries, t
         assert all(Path(parse("", words[1:]).data).name.endswith("-red.parquet") for words in train)
 
 
-def test_only_some_groups_of_a_study_are_trained_and_an_unknown_one_is_named(tmp_path):
+def test_only_some_groups_of_a_study_are_trained_and_an_unknown_one_is_named(tmp_path, capsys):
     every = study.STUDIES["tune"]()
     jobs = study.jobs_of(every, tmp_path, ["MaPO", "KTO"])
     assert [job.variant.group for job in jobs[1:]] == ["KTO"] * 6 + ["MaPO"] * 8
@@ -113,6 +113,12 @@ def test_only_some_groups_of_a_study_are_trained_and_an_unknown_one_is_named(tmp
     assert [job.variant.flags for job in one] == ["--method mapo --lr 2e-5 --beta 0.1"]
     told = refusal(study.jobs_of, every, tmp_path, ["KT0"])
     assert told.startswith("--only KT0: there are the groups DMPO, ")
+    page = tmp_path / "page.md"
+    page.touch()
+    with pytest.raises(SystemExit):
+        study.parse(["noisy", "--only", "KTO", "--report", str(page)])
+    assert "--only: with --report it would replace the whole section" in capsys.readouterr().err
+    assert study.parse(["tune", "--only", "KTO", "--report", str(page)]).only == ["KTO"]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -247,7 +253,7 @@ def test_a_study_trains_and_judges_and_keeps_what_is_done(jobs):
     study.run_all(jobs, 2)
     assert [job.done() for job in jobs] == [job.calls() for job in jobs]
     assert jobs[1].calls() == 3 * 10 + 2 * jobs[0].calls() and jobs[0].calls() == 18 * 15 * 2
-    found = study.records(None, jobs)
+    found = study.records(jobs)
     points = [(j["variant"], j["step"], j["calls"]) for j in found]
     assert points == [("base", 0, 0), ("a", 2, 20), ("a", 3, 30), ("b", 1, 10)]
     assert found[1]["drift"] == 0.1

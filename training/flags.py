@@ -21,7 +21,7 @@ from training.recipes import (
 
 def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; their defaults are a recipe of --model. Raises UserError for an unknown one."""
-    first = argparse.ArgumentParser(add_help=False)
+    first = Parser("train_inpo.py", add_help=False)
     first.add_argument("--model", default="sdxl")
     first.add_argument("--method", choices=METHODS, default="inpo")
     first.add_argument("--recipe", choices=NAMES, default="published")
@@ -96,9 +96,9 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
         help="the defaults of this page: published, or lora, adapters for some hundreds or "
              "thousands of pairs on one card; any flag overrides its own")
     add("--latents", choices=LATENTS,
-        help="where xt comes from, in place of the method's own: DDIM inversion; inversion as the "
-             "released script does it, with its faults, to compare with; forward noise; or "
-             "renoise, DDIM inversion with two predictions a move, as SmPO has it")
+        help="where xt comes from, in place of the method's own. inversion: DDIM's; renoise: with "
+             "two predictions a move, for SmPO; released: as InPO's script does it, with its "
+             "faults, to compare with; noise: forward noise")
     add("--objective", choices=OBJECTIVES,
         help="the loss, in place of the method's own; docs/objectives.md has what each is")
     add("--safe-loser", type=float, metavar="MU",
@@ -109,7 +109,8 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
         help="dmpo: the share of preferences that are to stay the other way round")
     add("--beta", type=float,
         help="how strongly the policy is held to the reference, per mean squared error; a larger "
-             "one moves less")
+             "one moves less (mapo: the weight of the margin; dspo: of the pull off the reference; "
+             "there a larger one moves more)")
     add("--inversion-spacing", choices=INVERSION_STEPS,
         help="inversion: the path: the paper's, by the cells of a uniform grid; or ours, even in "
              "log sigma, with the same number of UNet calls for every t")
@@ -240,7 +241,7 @@ def check_flags(args: argparse.Namespace):
             name = flag.replace("_", "-")
             raise UserError(
                 f"--{name}: has no meaning for --method {args.method} with latents by "
-                f"{args.latents} and the objective {args.objective}."
+                f"{args.latents} and the objective {args.objective}; leave it out."
             )
     for flag, (low, high) in RANGES.items():
         value = getattr(args, flag)
@@ -249,7 +250,13 @@ def check_flags(args: argparse.Namespace):
             raise UserError(f"--{name} {value}: must lie between {low} and {high}.")
     objective = OBJECTIVES[args.objective]
     if args.safe_loser is not None and not objective.pairwise:
-        raise UserError(f"--safe-loser: has no meaning for the objective {args.objective}.")
+        raise UserError(
+            f"--safe-loser: has no meaning for the objective {args.objective}; leave it out."
+        )
+    if args.inverter == "reference" and not objective.reference:
+        raise UserError(
+            f"--inverter reference: the objective {args.objective} has no reference; leave it out."
+        )
     if args.held_out and not objective.errors_alone:
         raise UserError(
             f"--held-out: the objective {args.objective} needs more of a pair than its errors, "

@@ -97,6 +97,7 @@ BASELINES = {  # what differs from InPO's
     # mapo-t2i/mapo at 374b3d3, README.md's command and args.py. There is no SD1.5 version.
     "mapo": NOISE | {
         "objective": ("mapo",) * 3,
+        "caption_dropout": (0.0, 0.0, 0.2),
         "beta": (0.1, 0.1, 0.1),
         "steps": (2000, 2000, 60),
         "batch": (16, 16, 16),
