@@ -333,7 +333,8 @@ def check_strengths(args: argparse.Namespace, pairs):
     if unknown:
         raise UserError(
             f"--objective smpo: {args.data} does not say of {unknown:,} of {len(pairs):,} pairs "
-            "how surely the winner is preferred; `python pairs.py score` adds a column with it."
+            "how surely the winner is preferred; `python pairs.py score ... --judge pickscore "
+            "--log-odds 0.06` adds a column with it, as SmPO's release has it."
         )
 
 
