@@ -119,9 +119,12 @@ def test_links_and_pictures_exist(page):
             assert not anchor or anchor in map(slug, headings), link
 
 
-def rows_of(page: str, heading: str) -> dict[str, list[str]]:
-    """The first table after a heading, {first cell: the others}; no bold, no spread of seeds."""
-    text = (ROOT / "docs" / page).read_text().partition(f"\n{heading}\n")[2]
+def rows_of(page: str, *headings: str) -> dict[str, list[str]]:
+    """The first table after headings that follow one another, {first cell: the others}; no bold, no
+    spread of seeds."""
+    text = (ROOT / "docs" / page).read_text()
+    for heading in headings:
+        text = text.partition(f"\n{heading}\n")[2]
     lines = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()[2:]
     plain = [re.sub(r" \(.*?\)|\*", "", line).strip("|").split("|") for line in lines]
     return {name.strip(): [cell.strip() for cell in cells] for name, *cells in plain}
@@ -139,6 +142,19 @@ def test_the_results_repeat_what_the_leaderboard_measured():
         assert wins == scores[name][2] and faithful == scores[name][5].partition(" ")[0], name
         assert preference == ranks[name][1].partition(" ")[0], name
         assert gain == [ranks[name][3]], name
+
+
+def test_the_table_of_the_three_tasks_repeats_theirs():
+    told = rows_of("leaderboard.md", "## What came out")
+    tasks = "## The task of the demo", "## Every fourth label is wrong", "## The judge likes red"
+    ranks = [rows_of("leaderboard.md", heading) for heading in tasks]
+    scores = [rows_of("leaderboard.md", heading, "At equal compute:") for heading in tasks]
+    *starts, faithful = told.pop("base")
+    assert starts == [found["base"][3].partition(" ")[0] for found in scores]
+    assert {*told} == {*studies.ON_TASKS} and faithful == "100.0"
+    for name, (*preferences, faithful) in told.items():
+        assert preferences == [found[name][1].partition(" ")[0] for found in ranks], name
+        assert faithful == scores[2][name][5].partition(" ")[0], name
 
 
 def test_the_map_is_complete():
