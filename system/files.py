@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -200,7 +201,8 @@ def set_aside(paths: list[Path]) -> list[Path]:
 def write_section(path: Path, heading: str, text: str):
     """Put `text` under a "## " heading of a Markdown file, in the place of what stands there."""
     old = path.read_text("utf-8") if path.exists() else ""
-    before, found, after = old.partition(f"## {heading}\n")
+    found = re.search(rf"^## {re.escape(heading)}\n", old, re.MULTILINE)  # no "###" of that name
+    before = old[: found.start()] if found else f"{old.rstrip()}\n\n".lstrip()
+    after = old[found.end() :] if found else ""
     rest = after[after.index("\n## ") + 1 :] if "\n## " in after else ""
-    before = before if found else f"{before.rstrip()}\n\n".lstrip()
     write(path, f"{before}## {heading}\n\n{text.strip()}\n" + (f"\n{rest}" if rest else ""))

@@ -68,6 +68,8 @@ def test_a_section_is_replaced_and_the_others_stay(tmp_path):
     file.write_text(f"# Page\n\nHead.\n\n{file.read_text()}")
     write_section(file, "Two", "4")
     assert file.read_text() == "# Page\n\nHead.\n\n## One\n\n3\n\n### Sub\n\n## Two\n\n4\n"
+    write_section(file, "Sub", "5")  # no section has that name, only a part of one
+    assert file.read_text().endswith("## One\n\n3\n\n### Sub\n\n## Two\n\n4\n\n## Sub\n\n5\n")
 
 
 @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
