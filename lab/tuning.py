@@ -29,12 +29,11 @@ def read(file: Path = FILE) -> list[dict]:
 
 
 def merge(file: Path, settings: list[dict]) -> list[dict]:
-    """Put these settings in the place of the same ones of the file, and return all."""
-    new = {(setting["group"], setting["flags"]) for setting in settings}
-    kept = [setting for setting in read(file) if (setting["group"], setting["flags"]) not in new]
-    rows = ",\n".join(json.dumps(setting) for setting in kept + settings)
+    """Put these settings where the same ones stand in the file, others at its end; return all."""
+    found = {(setting["group"], setting["flags"]): setting for setting in [*read(file), *settings]}
+    rows = ",\n".join(json.dumps(setting) for setting in found.values())
     write(file, f'{{"settings": [\n{rows}\n]}}\n')
-    return kept + settings
+    return list(found.values())
 
 
 def faithful(settings: list[dict], group: str) -> list[dict]:

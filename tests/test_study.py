@@ -152,8 +152,9 @@ def test_settings_are_kept_and_the_same_ones_replaced(tmp_path):
     file = tmp_path / "settings.json"
     first = [setting("base", "", 0.4), setting("A", "--lr 1", 0.5), setting("B", "--lr 2", 0.5)]
     assert tuning.merge(file, first) == tuning.read(file) == first
-    second = [setting("base", "", 0.4), setting("B", "--lr 2", 0.6), setting("B", "--lr 1", 0.5)]
-    assert tuning.merge(file, second) == tuning.read(file) == [first[1], *second]
+    second = [setting("base", "", 0.4), setting("B", "--lr 1", 0.5), setting("B", "--lr 2", 0.6)]
+    merged = [*first[:2], second[2], second[1]]  # a setting tried again keeps its place
+    assert tuning.merge(file, second) == tuning.read(file) == merged
     text = tuning.tables_of(tuning.read(file))
     assert [line for line in text.splitlines() if line.startswith("## ")] == ["## A", "## B"]
     marked = [line for line in text.splitlines() if line.startswith("| chosen")]
@@ -189,6 +190,9 @@ def test_no_best_setting_has_an_untried_neighbour_before_ten_were_tried():
         best, rates = rate(tuning.chosen(settings, name)), {rate(s) for s in tried}
         ends = best in (min(rates), max(rates)) and tuning.gains(settings, name)
         assert len(tried) + before.get(name, 0) == 10 if ends else len(tried) <= 10, name
+        assert [s["preference"] for s in tried].count(
+            tuning.chosen(settings, name)["preference"]
+        ) == 1
 
 
 def test_the_committed_settings_choose_the_recipes_of_the_tiny_model():
